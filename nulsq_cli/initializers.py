@@ -1,0 +1,128 @@
+"""From statistics to the first steps. A rule returns (C, gaps) positive float64, from the lowest gap to the highest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nulsq_cli.errors import pick
+from nulsq_cli.values import QuantSpec, TensorStats
+
+Initializer = Callable[[TensorStats, QuantSpec], Tensor]
+
+SMALLEST = 1e-8
+
+# The step, in units of the standard deviation, that minimises the squared error of an even grid;
+# recomputed by closed-form cell errors and golden section. Values: UniQ (arXiv:2104.00210) and the
+# released nuLSQ code, which use the mid-rise optimum for signed tensors.
+NMSE_SIGNED = {2: 0.99568669, 3: 0.58601944, 4: 0.33520061, 5: 0.18813879, 6: 0.10406301, 7: 0.05686767, 8: 0.03076238}
+NMSE_UNSIGNED = {2: 0.65076985, 3: 0.35340955, 4: 0.19324868, 5: 0.10548752, 6: 0.0572659, 7: 0.03087133, 8: 0.01652923}
+
+
+def _even_gaps(step: Tensor, spec: QuantSpec) -> Tensor:
+    return step.clamp_min(SMALLEST)[:, None].expand(-1, spec.gaps).contiguous()
+
+
+def nmse(stats: TensorStats, spec: QuantSpec) -> Tensor:
+    """The best even step for a normal distribution of the measured width (half a normal if unsigned)."""
+    if spec.signed:
+        return _even_gaps(NMSE_SIGNED[spec.bits] * stats.std, spec)
+    return _even_gaps(NMSE_UNSIGNED[spec.bits] * (2 * stats.mean_square).sqrt(), spec)
+
+
+def lsq(stats: TensorStats, spec: QuantSpec) -> Tensor:
+    """2 * mean|x| / sqrt(largest code). Source: LSQ, arXiv:1902.08153, section 2.1."""
+    return _even_gaps(2 * stats.mean_abs / spec.positive**0.5, spec)
+
+
+def mse(stats: TensorStats, spec: QuantSpec) -> Tensor:
+    """The even step that minimises the squared error of the measured distribution itself."""
+    reach = torch.maximum(stats.largest, -stats.least) / max(spec.positive, spec.negative)
+    # A coarse geometric search, then two finer ones around its best: the error has local minima.
+    low, high = reach / 64, reach * 1.25
+    best = reach
+    for points in (48, 24, 24):
+        ratio = (high / low.clamp_min(SMALLEST)) ** (1 / (points - 1))
+        candidates = torch.stack([low * ratio**i for i in range(points)])
+        errors = torch.stack([_even_error(stats, spec, c) for c in candidates])
+        best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+        low, high = best / ratio, best * ratio
+    return _even_gaps(best, spec)
+
+
+def _even_error(stats: TensorStats, spec: QuantSpec, step: Tensor) -> Tensor:
+    step = step.clamp_min(SMALLEST)[:, None]
+    nearest = (stats.points / step).round_().clamp_(-spec.negative, spec.positive).mul_(step)
+    return nearest.sub_(stats.points).square_().mul_(stats.mass).sum(1)
+
+
+def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 300, tolerance: float = 1e-10) -> Tensor:
+    """Levels that minimise the squared error of the measured distribution, with one pinned at 0.
+
+    Lloyd-Max: thresholds between levels, then each level but the pinned one to the mean of its cell,
+    until nothing moves. It starts from the best even grid; a cell that nothing falls into keeps its width.
+
+    Source: S. P. Lloyd, Least squares quantization in PCM, 1982, with the zero of nuLSQ kept.
+    """
+    even_step = mse(stats, spec)[:, :1]
+    levels = even_step * torch.arange(-spec.negative, spec.positive + 1, dtype=torch.float64, device=even_step.device)
+    mass = torch.nn.functional.pad(stats.mass.cumsum(1), (1, 0))
+    moment = torch.nn.functional.pad((stats.mass * stats.points).cumsum(1), (1, 0))
+    for _ in range(iterations):
+        cuts = torch.searchsorted(stats.points, (levels[:, 1:] + levels[:, :-1]) / 2)
+        cuts = torch.nn.functional.pad(cuts, (1, 1))
+        cuts[:, -1] = stats.points.shape[1]
+        inside, total = mass.gather(1, cuts).diff(dim=1), moment.gather(1, cuts).diff(dim=1)
+        moved = torch.where(inside > 0, total / inside.clamp_min(1e-300), levels)
+        moved[:, spec.negative] = 0
+        # An empty cell keeps its level while its neighbours move: keep the order.
+        moved = moved.sort(1).values
+        change = (moved - levels).abs().amax() / even_step.amax()
+        levels = moved
+        if change < tolerance:
+            break
+    # Where the data have fewer values than there are levels, some would meet; keep them apart.
+    return torch.maximum(levels.diff(dim=1), even_step * 1e-2).clamp_min(SMALLEST)
+
+
+INITIALIZERS: dict[str, Initializer] = {"nmse": nmse, "lsq": lsq, "lloyd": lloyd, "mse": mse}
+
+
+def even(name: str) -> Initializer:
+    """The rule of that name, or its even counterpart where the rule is not even (`lloyd` -> `mse`)."""
+    rule = pick(INITIALIZERS, name, "initializer")
+    return mse if rule is lloyd else rule
+
+
+def measure(values: Tensor, channels: int = 1, bins: int = 4096) -> TensorStats:
+    """Statistics of a tensor that is at hand.
+
+    Args:
+        values: any shape; its first dimension is split into `channels`.
+        channels: how many separate distributions to measure along the first dimension.
+        bins: distributions of more entries than this are binned evenly over their range.
+    """
+    rows = values.detach().reshape(channels, -1).double()
+    points, mass = rows.sort(1).values, torch.ones_like(rows)
+    if rows.shape[1] > bins:
+        points, mass = _binned(points, bins)
+    return TensorStats(
+        count=rows.shape[1], mean=rows.mean(1), mean_abs=rows.abs().mean(1), mean_square=rows.square().mean(1),
+        std=rows.std(1) if rows.shape[1] > 1 else rows[:, 0].abs(), least=rows.amin(1), largest=rows.amax(1),
+        points=points, mass=mass,
+    )  # fmt: skip
+
+
+def _binned(rows: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Sorted (C, N) rows as (C, bins) bin means and counts; an empty bin is its middle with no mass."""
+    low, width = rows[:, :1], (rows[:, -1:] - rows[:, :1]) / bins
+    edges = low + width * torch.arange(bins + 1, dtype=torch.float64, device=rows.device)
+    cuts = torch.searchsorted(rows, edges[:, 1:-1].contiguous())
+    cuts = torch.nn.functional.pad(cuts, (1, 1))
+    cuts[:, -1] = rows.shape[1]
+    sums = torch.nn.functional.pad(rows.cumsum(1), (1, 0)).gather(1, cuts).diff(dim=1)
+    counts = cuts.diff(dim=1).double()
+    middle = (edges[:, 1:] + edges[:, :-1]) / 2
+    return torch.where(counts > 0, sums / counts.clamp_min(1), middle), counts

@@ -1,0 +1,93 @@
+"""Layers that own two quantizers, and the table of the layer types that have one. Exact types only."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import conv2d_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nulsq_cli.methods.base import Quantizer
+
+
+class QuantLayer(nn.Module):
+    """What all quantized layers share. A quantizer that is None leaves its side in float.
+
+    The parameters of the float layer are taken over, not copied, under their own names, so that a
+    state dict keeps the float model's keys.
+    """
+
+    weight: nn.Parameter
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+
+    def _adopt(self, layer: nn.Module, weights: Quantizer | None, inputs: Quantizer | None) -> None:
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer, self.input_quantizer = weights, inputs
+        self.train(layer.training)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input that the layer computes with."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """`nn.Conv2d` on quantized weights and inputs. Zero padding stays exact: every table has a 0."""
+
+    def __init__(self, layer: nn.Conv2d, weights: Quantizer | None, inputs: Quantizer | None) -> None:
+        with torch.device("meta"):
+            nn.Conv2d.__init__(
+                self, layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+                layer.padding, layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode,
+            )  # fmt: skip
+        self._adopt(layer, weights, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, O, H', W')."""
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantConv2dSame(QuantConv2d):
+    """timm's TensorFlow-padded convolution, on quantized weights and inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, O, ceil(H / stride), ceil(W / stride))."""
+        return conv2d_same(
+            self.quantized_input(x), self.quantized_weight(), self.bias,
+            self.stride, self.padding, self.dilation, self.groups,
+        )  # fmt: skip
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """`nn.Linear` on quantized weights and inputs."""
+
+    def __init__(self, layer: nn.Linear, weights: Quantizer | None, inputs: Quantizer | None) -> None:
+        with torch.device("meta"):
+            nn.Linear.__init__(self, layer.in_features, layer.out_features, layer.bias is not None)
+        self._adopt(layer, weights, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Conv2d: QuantConv2d,
+    Conv2dSame: QuantConv2dSame,
+    nn.Linear: QuantLinear,
+}
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of a model by module path, in the model's own order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of a model by module path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}

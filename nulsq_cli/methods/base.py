@@ -1,0 +1,93 @@
+"""What every quantizer is: parameters, how they start, what they do in training, and a codebook at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nulsq_cli.ops import codebook
+from nulsq_cli.values import Codebook, QuantSpec, TensorStats
+
+SMALLEST_SHARE = 1e-3
+SMALLEST_STEP = 1e-8
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers. A method writes `initialize`, `quantize` and `levels`.
+
+    In training mode the method's own formula runs, with its own gradient. In evaluation the
+    codebook runs, so that the exported tables compute the very same numbers.
+
+    Args:
+        spec: what this quantizer has to be.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def initialize(self, stats: TensorStats, rule: str) -> None:
+        """Set the parameters from the statistics of the tensor that will be quantized."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Differentiable quantization of float32 x; keeps its shape."""
+        raise NotImplementedError
+
+    def levels(self) -> Tensor:
+        """(K,) or (C, K) float32, ascending."""
+        raise NotImplementedError
+
+    def thresholds(self) -> Tensor:
+        """(K-1,) or (C, K-1) float32: the boundaries between levels. By default their midpoints."""
+        return codebook.midpoints(self.levels())
+
+    @torch.no_grad()
+    def codebook(self) -> Codebook:
+        """The tables that replace this quantizer at inference."""
+        return Codebook(self.levels().detach(), self.thresholds().detach())
+
+    def steps(self) -> list[nn.Parameter]:
+        """The learned quantizer parameters, which have their own optimizer."""
+        return list(self.parameters())
+
+    def after_step(self) -> None:
+        """Called after every optimizer update, for what no gradient can express."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize x: in float32 also under autocast, returned in x's own dtype."""
+        with torch.autocast(x.device.type, enabled=False):
+            if self.training:
+                return self.quantize(x.float()).to(x.dtype)
+            tables = self.codebook()
+            return codebook.lookup(x.float(), tables.levels, tables.thresholds).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What shows up when the module is printed."""
+        sign = "signed" if self.spec.signed else "unsigned"
+        return f"{self.spec.bits} bits, {sign}, per {self.spec.granularity}"
+
+
+@torch.no_grad()
+def keep_positive(steps: Tensor) -> None:
+    """Project steps in place: a gap may become small, a thousandth of its table's mean, but not close or invert.
+
+    Args:
+        steps: (..., N), any values; NaN stays NaN.
+    """
+    floor = steps.clamp_min(0).mean(-1, keepdim=True) * SMALLEST_SHARE
+    torch.maximum(steps, floor.clamp_min(SMALLEST_STEP), out=steps)
+
+
+def gradient_factor(x: Tensor, spec: QuantSpec, largest: int, mode: str) -> float:
+    """The factor on step gradients: 1 for `none`, 1/sqrt(N * largest) for `lsq`.
+
+    N is the number of weights that share the step, or of features in one sample: the batch is not
+    counted, so that the factor does not depend on how a batch is split over processes.
+
+    Source: LSQ, arXiv:1902.08153, section 2.2.
+    """
+    if mode == "none":
+        return 1.0
+    shared = x.numel() // spec.channels if spec.role == "weight" else x[0].numel()
+    return float((shared * largest) ** -0.5)

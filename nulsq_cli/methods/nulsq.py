@@ -1,0 +1,70 @@
+"""nuLSQ: every gap between neighbouring levels is a learned step. Gongyo et al., ACCV 2024, pp. 4385-4402."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nulsq_cli import initializers
+from nulsq_cli.errors import pick
+from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
+from nulsq_cli.ops.codebook import quantize_to_levels
+from nulsq_cli.ops.estimators import scale_gradient
+from nulsq_cli.values import QuantSpec, TensorStats
+
+
+class NuLSQ(Quantizer):
+    """Levels are cumulative sums of learned steps on both sides of a level that is pinned at 0.
+
+    Args:
+        spec: what this quantizer has to be.
+        grad_scale: `lsq` multiplies the steps' gradient by 1/sqrt(N * M), M the gaps on that side
+            of zero; `none` by 1.
+    """
+
+    def __init__(self, spec: QuantSpec, *, grad_scale: str = "none") -> None:
+        super().__init__(spec)
+        self.grad_scale = grad_scale
+        self.gaps = nn.Parameter(torch.ones(spec.channels, spec.gaps))  # from the lowest gap to the highest
+
+    @torch.no_grad()
+    def initialize(self, stats: TensorStats, rule: str) -> None:
+        """Set all gaps by a rule, even or not."""
+        self.gaps.copy_(pick(initializers.INITIALIZERS, rule, "initializer")(stats, self.spec))
+
+    def levels(self, gaps: Tensor | None = None) -> Tensor:
+        """(K,) or (C, K), ascending, one of them exactly 0."""
+        table = levels_around_zero(self.gaps if gaps is None else gaps, self.spec.negative)
+        return table if self.spec.granularity == "channel" else table[0]
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
+        below, above = self.gaps.split([self.spec.negative, self.spec.positive], dim=1)
+        scaled = [
+            scale_gradient(side, gradient_factor(x, self.spec, side.shape[1], self.grad_scale))
+            for side in (below, above)
+            if side.shape[1]
+        ]
+        return quantize_to_levels(x, self.levels(torch.cat(scaled, 1)))
+
+    def after_step(self) -> None:
+        """A gap may become small, not close or invert."""
+        keep_positive(self.gaps.data)
+
+
+def levels_around_zero(gaps: Tensor, negative: int) -> Tensor:
+    """Sorted levels from the gaps between them, with a level that is exactly 0.
+
+    Args:
+        gaps: (C, N), positive, from the lowest gap to the highest.
+        negative: how many of the N gaps lie below zero.
+
+    Returns:
+        (C, N + 1); column `negative` is 0.
+    """
+    above = pad(gaps[:, negative:].cumsum(1), (1, 0))
+    if not negative:
+        return above
+    below = -gaps[:, :negative].flip(1).cumsum(1).flip(1)
+    return torch.cat((below, above), 1)

@@ -1,0 +1,1 @@
+"""Tensor arithmetic of quantization: stateless and differentiable, no nn.Module in here."""

@@ -1,0 +1,122 @@
+"""Quantize to any sorted levels: the op behind nuLSQ and every method whose levels are a table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nulsq_cli.ops import fused
+
+
+def midpoints(levels: Tensor) -> Tensor:
+    """The boundaries of nearest-level rounding: (..., K) levels give (..., K-1) thresholds."""
+    return (levels[..., 1:] + levels[..., :-1]) / 2
+
+
+def encode(x: Tensor, thresholds: Tensor) -> Tensor:
+    """The code of every entry: how many thresholds lie strictly below it, so a tie goes down.
+
+    Args:
+        x: (...), or (C, ...) when thresholds are per channel.
+        thresholds: (K-1,) or (C, K-1), ascending.
+
+    Returns:
+        uint8, shaped like x, in 0..K-1. NaN gets the last code.
+    """
+    if thresholds.ndim == 1:
+        return torch.bucketize(x, thresholds, out_int32=True).to(torch.uint8)
+    rows = x.reshape(x.shape[0], -1).contiguous()
+    return torch.searchsorted(thresholds, rows, out_int32=True).to(torch.uint8).view(x.shape)
+
+
+def decode(codes: Tensor, levels: Tensor) -> Tensor:
+    """The level of every code; the inverse of `encode` on the levels themselves.
+
+    Args:
+        codes: (...) integers in 0..K-1, or (C, ...) when levels are per channel.
+        levels: (K,) or (C, K).
+    """
+    if levels.ndim == 1:
+        return levels[codes.int()]
+    return levels.gather(1, codes.reshape(codes.shape[0], -1).long()).view(codes.shape)
+
+
+def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
+    """Quantize without a gradient: `decode(encode(x))`, and NaN stays NaN."""
+    if levels.ndim == 1 and levels.numel() <= fused.LARGEST_TABLE and fused.enabled(x):
+        return fused.lookup(x, levels, thresholds)
+    return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, levels)
+        return lookup(x, levels, midpoints(levels))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, levels = ctx.saved_tensors  # type: ignore[attr-defined]
+        if levels.ndim == 1 and levels.numel() <= fused.LARGEST_TABLE and fused.enabled(x):
+            return fused.levels_backward(grad, x, levels)
+        return backward_eager(grad, x, levels)
+
+
+def backward_eager(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `quantize_to_levels`, step by step: the truth that fast paths are tested against.
+
+    Args:
+        grad: gradient of the loss to the output, shaped like x.
+        x: (...) or (C, ...).
+        levels: (K,) or (C, K).
+
+    Returns:
+        The gradient to x, and to the levels; the latter is summed in float64 and in a fixed order.
+    """
+    table = levels if levels.ndim == 2 else levels[None]
+    rows, slopes = x.reshape(len(table), -1).contiguous(), grad.reshape(len(table), -1)
+    count = table.shape[1]
+    # upper: the first level that is not below x, so x lies in the gap (levels[upper-1], levels[upper]].
+    upper = torch.searchsorted(table, rows).clamp_(1, count - 1)
+    low, high = table.gather(1, upper - 1), table.gather(1, upper)
+    below, above = rows < table[:, :1], rows > table[:, -1:]
+    inside = ~(below | above)
+    nearest = torch.where(rows > (low + high) / 2, high, low)
+    # round(u) - u, where u is the place inside the gap. Not subtracting u first keeps exact levels at 0.
+    pull = torch.where(inside, (nearest - rows) / (high - low).clamp_min(1e-30), 0) * slopes
+
+    channel = torch.arange(len(table), device=x.device)[:, None] * count
+    to_levels = _sum_by_place(channel + upper, pull, table.numel())
+    to_levels -= _sum_by_place(channel + upper - 1, pull, table.numel())
+    to_levels = to_levels.view(table.shape)
+    to_levels[:, 0] += (slopes * below).sum(1, dtype=torch.float64)
+    to_levels[:, -1] += (slopes * above).sum(1, dtype=torch.float64)
+    return (slopes * inside).view(x.shape), to_levels.to(levels.dtype).view(levels.shape)
+
+
+def _sum_by_place(place: Tensor, values: Tensor, size: int) -> Tensor:
+    """Sum the values that share a place, in float64. (size,)"""
+    if place.is_cuda:  # bincount adds by atomics there: another order, other bits, in every run
+        return torch.stack([(values * (place == i)).sum(dtype=torch.float64) for i in range(size)])
+    return torch.bincount(place.flatten(), values.flatten().double(), minlength=size)
+
+
+def quantize_to_levels(x: Tensor, levels: Tensor) -> Tensor:
+    """Map x to the nearest of some sorted levels, by the straight-through rule.
+
+    Args:
+        x: (...) in the layer's own units, or (C, ...) when levels are per channel; NaN stays NaN.
+        levels: (K,) or (C, K), ascending, same units as x.
+
+    Returns:
+        (...) like x; each entry is a level. A tie goes to the lower level.
+        Gradient to x: 1 inside [levels[0], levels[-1]], 0 outside. Gradient to the levels:
+        round(u) - u to the upper and its negative to the lower neighbour of each x (u its place
+        in the gap, 0 to 1); 1 to the end level from each x beyond it.
+
+    Raises:
+        Nothing. Unsorted levels are refused where they are made, not here.
+
+    Source: nuLSQ, ACCV 2024; with even levels, LSQ, arXiv:1902.08153, eq. 3.
+    """
+    return _StraightThrough.apply(x, levels)

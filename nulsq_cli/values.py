@@ -1,0 +1,142 @@
+"""The small frozen values that the rooms exchange. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from nulsq_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Granularity = Literal["tensor", "channel"]
+Role = Literal["weight", "activation"]
+
+FLOAT_BITS = 32
+"""The width that stands for "leave it in float"."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Weight and activation widths, each 2..8, or 32 for float."""
+
+    weights: int
+    activations: int
+
+    @classmethod
+    def parse(cls, text: str) -> Bits:
+        """Read `W/A`, for instance `3/3` or `4/32`.
+
+        Raises:
+            UsageError: not two numbers around a slash, or a width that does not exist.
+        """
+        parts = str(text).split("/")
+        if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
+            raise UsageError(
+                f"bits must be WEIGHTS/ACTIVATIONS, got {str(text)!r}",
+                fix="write for instance 3/3, or 4/32 for weights only",
+            )
+        widths = cls(*(int(p) for p in parts))
+        for width in (widths.weights, widths.activations):
+            if width != FLOAT_BITS and not 2 <= width <= 8:
+                raise UsageError(
+                    f"bits must be 2..8, or 32 for float, got {text}",
+                    fix="write for instance 2/2, 3/3 or 4/4",
+                )
+        return widths
+
+    def __str__(self) -> str:
+        return f"{self.weights}/{self.activations}"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What one quantizer has to be.
+
+    Args:
+        bits: 2..8.
+        signed: whether levels below zero exist.
+        role: `weight` or `activation`.
+        granularity: one level table for the tensor, or one per output channel (weights only).
+        channels: number of output channels; 1 when granularity is `tensor`.
+    """
+
+    bits: int
+    signed: bool
+    role: Role = "activation"
+    granularity: Granularity = "tensor"
+    channels: int = 1
+
+    @property
+    def levels(self) -> int:
+        """How many levels there are."""
+        return 2**self.bits
+
+    @property
+    def gaps(self) -> int:
+        """How many gaps between neighbouring levels there are."""
+        return 2**self.bits - 1
+
+    @property
+    def negative(self) -> int:
+        """How many levels lie below zero: 2**(bits-1) when signed, else none."""
+        return 2 ** (self.bits - 1) if self.signed else 0
+
+    @property
+    def positive(self) -> int:
+        """How many levels lie above zero."""
+        return self.gaps - self.negative
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """All that is left of a quantizer at inference: code = count(x > thresholds), value = levels[code].
+
+    Args:
+        levels: (K,) or (C, K) float32, ascending, in the tensor's own units.
+        thresholds: (K-1,) or (C, K-1) float32, ascending.
+    """
+
+    levels: Tensor
+    thresholds: Tensor
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each output channel has its own table."""
+        return self.levels.ndim == 2
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy over all samples of a split; `top1` and `top5` in percent, `loss` the mean cross entropy."""
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """What was measured of a tensor: exact moments, and its distribution as weighted points.
+
+    All float64. C is 1 for statistics of a whole tensor, else the number of output channels.
+
+    Args:
+        count: how many entries each of the C distributions has.
+        mean, mean_abs, mean_square, std: (C,); std is the unbiased one.
+        least, largest: (C,).
+        points: (C, P), ascending.
+        mass: (C, P), how many entries each point stands for.
+    """
+
+    count: int
+    mean: Tensor
+    mean_abs: Tensor
+    mean_square: Tensor
+    std: Tensor
+    least: Tensor
+    largest: Tensor
+    points: Tensor
+    mass: Tensor
