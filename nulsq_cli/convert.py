@@ -1,0 +1,300 @@
+"""A float model into a quantized one, by a plan that says for every layer what was done and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nulsq_cli.errors import InputError, UsageError, suggest
+from nulsq_cli.layers import LAYERS
+from nulsq_cli.methods import make_quantizer
+from nulsq_cli.methods.base import Quantizer
+from nulsq_cli.values import FLOAT_BITS, Bits, Granularity, QuantSpec, Role
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Changes what the default policy would do to the layers whose name matches.
+
+    Args:
+        match: a glob on the module path, or `re:` and a regular expression that matches all of it.
+        bits, method, granularity, signed: what to change; None leaves it.
+        skip: leave the layer in float.
+    """
+
+    match: str
+    bits: Bits | None = None
+    method: str | None = None
+    granularity: Granularity | None = None
+    signed: bool | None = None
+    skip: bool = False
+
+    def fits(self, name: str) -> bool:
+        """Whether this rule is about the layer of that name."""
+        if self.match.startswith("re:"):
+            return re.fullmatch(self.match[3:], name) is not None
+        return fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do to a model: the default for all layers, the first and last one, and exceptions."""
+
+    bits: Bits
+    method: str
+    granularity: Granularity = "tensor"
+    signed: Literal["auto"] | bool = "auto"
+    first_last_bits: Bits = Bits(8, 8)
+    first_last_method: str = "lsq"
+    rules: tuple[Rule, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer. `signed` is that of its input; None while nothing was measured."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    weight_bits: int
+    input_bits: int
+    signed: bool | None
+    granularity: Granularity
+    method: str
+    reason: str
+
+    @property
+    def weights(self) -> int:
+        """How many weights the layer has."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything of the layer is quantized."""
+        return min(self.weight_bits, self.input_bits) < FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every layer that has weights, and of the model as a whole."""
+
+    layers: tuple[LayerPlan, ...]
+    bits: str
+    method: str
+    options: dict[str, Any]
+    float_bytes: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all weights, packed, and of everything else in float32; level tables not counted."""
+        saved = sum(p.weights * 4 - (p.weights * p.weight_bits + 7) // 8 for p in self.layers)
+        return self.float_bytes - saved
+
+    @property
+    def average_weight_bits(self) -> float:
+        """Mean width over all weights, those left in float included."""
+        total = sum(p.weights for p in self.layers)
+        return sum(p.weights * p.weight_bits for p in self.layers) / total if total else float(FLOAT_BITS)
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in a run."""
+        return {
+            "bits": self.bits, "method": self.method, "options": self.options, "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes, "average_weight_bits": round(self.average_weight_bits, 4),
+            "layers": [asdict(p) for p in self.layers],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: a key is missing or unknown.
+        """
+        try:
+            layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
+            return cls(layers, data["bits"], data["method"], data["options"], data["float_bytes"])
+        except (KeyError, TypeError) as reason:
+            raise InputError(f"the stored plan is damaged: {reason}") from reason
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass of noise showed of a layer: when it first ran and whether its input had negatives."""
+
+    order: int
+    signed: bool
+
+
+def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
+    """Run two images of noise in evaluation mode and note which layers are called, in which order.
+
+    A layer whose weight is used by others without calling it (fused attention projections, say)
+    does not show up: a quantizer inside it would silently do nothing.
+
+    Args:
+        model: a float model; its mode is restored.
+        input_size: (C, H, W).
+    """
+    seen: dict[str, Seen] = {}
+    modes = {m: m.training for m in model.modules()}
+    hooks = []
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            signed = bool((args[0] < 0).any())
+            known = seen.get(name)
+            seen[name] = Seen(known.order, known.signed or signed) if known else Seen(len(seen), signed)
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            if type(module) in LAYERS:
+                hooks.append(module.register_forward_pre_hook(note(name)))
+        model.eval()
+        where = next(model.parameters()).device
+        noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(where)
+        with torch.no_grad():
+            model(noise)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as reason:
+        raise UsageError(
+            f"the model does not run on images of {tuple(input_size)}: {str(reason).splitlines()[0]}",
+            fix="give the size that it was made for with --input-size C H W",
+        ) from reason
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return seen
+
+
+def make_plan(model: nn.Module, policy: Policy, input_size: Sequence[int]) -> Plan:
+    """Decide for every layer with weights what becomes of it. Changes nothing.
+
+    Raises:
+        UsageError: a rule matches no layer, names a width that does not exist, or a bad expression.
+    """
+    seen = probe(model, input_size)
+    weighted = {
+        name: m for name, m in model.named_modules()
+        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim >= 2
+    }  # fmt: skip
+    _check_rules(policy.rules, weighted)
+    ends = _first_and_last(model, seen)
+    layers = [_plan_layer(name, module, policy, seen.get(name), ends) for name, module in weighted.items()]
+    float_bytes = sum(t.numel() * 4 for t in model.state_dict().values() if t.is_floating_point())
+    return Plan(tuple(layers), str(policy.bits), policy.method, dict(policy.options), float_bytes)
+
+
+def _check_rules(rules: Iterable[Rule], names: Iterable[str]) -> None:
+    names = list(names)
+    for rule in rules:
+        try:
+            if not any(rule.fits(name) for name in names):
+                raise UsageError(f"the rule {rule.match!r} matches no layer", fix=suggest(rule.match, names[:40]))
+        except re.error as reason:
+            raise UsageError(f"the rule {rule.match!r} is no regular expression: {reason}") from reason
+
+
+def _first_and_last(model: nn.Module, seen: dict[str, Seen]) -> dict[str, str]:
+    """Name to reason for the layers at both ends; by timm's own notes where it has them."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    in_order = sorted(seen, key=lambda name: seen[name].order)
+    ends: dict[str, str] = {}
+    for key, fallback, reason in (("first_conv", 0, "first layer"), ("classifier", -1, "last layer")):
+        noted = config.get(key) or ()
+        names = [n for n in ([noted] if isinstance(noted, str) else noted) if n in seen]
+        if not names and in_order:
+            names, reason = [in_order[fallback]], f"{reason} in forward order"
+        ends.update(dict.fromkeys(names, reason))
+    return ends
+
+
+def _plan_layer(
+    name: str, module: nn.Module, policy: Policy, seen: Seen | None, ends: dict[str, str]
+) -> LayerPlan:
+    plan = LayerPlan(
+        name=name, type=type(module).__name__, shape=tuple(module.weight.shape), weight_bits=policy.bits.weights,
+        input_bits=policy.bits.activations, signed=policy.signed if isinstance(policy.signed, bool) else None,
+        granularity=policy.granularity, method=policy.method, reason="default",
+    )  # fmt: skip
+    in_float = {"weight_bits": FLOAT_BITS, "input_bits": FLOAT_BITS, "method": "float"}
+    if type(module) not in LAYERS:
+        return replace(plan, **in_float, reason="float: no quantized form of this type")
+    if seen is None:
+        return replace(plan, **in_float, reason="float: its weight is used without calling the layer")
+    if plan.signed is None:
+        plan = replace(plan, signed=seen.signed)
+    if name in ends and str(policy.bits) != "32/32":
+        bits = policy.first_last_bits
+        plan = replace(plan, weight_bits=bits.weights, input_bits=bits.activations,
+                       method=policy.first_last_method, reason=ends[name])  # fmt: skip
+    for rule in policy.rules:
+        if rule.fits(name):
+            plan = _apply(plan, rule)
+    if plan.weight_bits == plan.input_bits == FLOAT_BITS:
+        plan = replace(plan, method="float")
+    return plan
+
+
+def _apply(plan: LayerPlan, rule: Rule) -> LayerPlan:
+    reason = f"rule {rule.match}"
+    if rule.skip:
+        return replace(plan, weight_bits=FLOAT_BITS, input_bits=FLOAT_BITS, method="float", reason=reason)
+    changes: dict[str, Any] = {
+        key: getattr(rule, key) for key in ("method", "granularity", "signed") if getattr(rule, key) is not None
+    }
+    if rule.bits is not None:
+        changes |= {"weight_bits": rule.bits.weights, "input_bits": rule.bits.activations}
+    return replace(plan, **changes, reason=reason)
+
+
+def with_signs(plan: Plan, signed: dict[str, bool], policy: Policy) -> Plan:
+    """The plan after calibration: what was measured decides the sign, unless the user did."""
+    fixed = {p.name for p in plan.layers for r in policy.rules if r.signed is not None and r.fits(p.name)}
+    if isinstance(policy.signed, bool):
+        return plan
+    layers = [
+        replace(p, signed=signed[p.name]) if p.name in signed and p.name not in fixed else p for p in plan.layers
+    ]
+    return replace(plan, layers=tuple(layers))
+
+
+def convert(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put quantized layers in place of those the plan names. Changes and returns `model`.
+
+    Raises:
+        InputError: the plan names a layer that the model does not have, or of another shape.
+    """
+    modules = dict(model.named_modules())
+    for entry in plan.layers:
+        layer = modules.get(entry.name)
+        if layer is None or tuple(layer.weight.shape) != entry.shape:
+            raise InputError("the stored plan does not fit the model", where=entry.name)
+        if not entry.quantized:
+            continue
+        weights = _quantizer(entry, "weight", plan.options)
+        inputs = _quantizer(entry, "activation", plan.options)
+        model.set_submodule(entry.name, LAYERS[type(layer)](layer, weights, inputs))
+    return model
+
+
+def _quantizer(entry: LayerPlan, role: Role, options: dict[str, Any]) -> Quantizer | None:
+    bits = entry.weight_bits if role == "weight" else entry.input_bits
+    if bits == FLOAT_BITS:
+        return None
+    per_channel = role == "weight" and entry.granularity == "channel"
+    spec = QuantSpec(
+        bits=bits, signed=role == "weight" or bool(entry.signed), role=role,
+        granularity="channel" if per_channel else "tensor", channels=entry.shape[0] if per_channel else 1,
+    )  # fmt: skip
+    return make_quantizer(entry.method, spec, **options)
