@@ -91,3 +91,29 @@ def gradient_factor(x: Tensor, spec: QuantSpec, largest: int, mode: str) -> floa
         return 1.0
     shared = x.numel() // spec.channels if spec.role == "weight" else x[0].numel()
     return float((shared * largest) ** -0.5)
+
+
+class Table(Quantizer):
+    """A quantizer that has nothing left to learn: the codebook of another one.
+
+    Args:
+        spec: what the quantizer was.
+        tables: its codebook.
+    """
+
+    def __init__(self, spec: QuantSpec, tables: Codebook) -> None:
+        super().__init__(spec)
+        self.register_buffer("table_levels", tables.levels)
+        self.register_buffer("table_thresholds", tables.thresholds)
+
+    def levels(self) -> Tensor:
+        """As given."""
+        return self.table_levels
+
+    def thresholds(self) -> Tensor:
+        """As given."""
+        return self.table_thresholds
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The same in training mode as in evaluation: there is no gradient to the tables."""
+        return codebook.quantize_to_levels(x, self.table_levels)

@@ -1,0 +1,244 @@
+"""The packed file: b-bit codes, level tables, activation tables and the untouched rest. `docs/format.md` is its promise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nulsq_cli.errors import InputError
+from nulsq_cli.files import write_atomically
+from nulsq_cli.layers import LAYERS, QuantLayer, quant_layers
+from nulsq_cli.methods.base import Quantizer, Table
+from nulsq_cli.models import create_float_model
+from nulsq_cli.ops import bits as packing
+from nulsq_cli.ops import codebook
+from nulsq_cli.values import Codebook, QuantSpec
+
+VERSION = "1.0"
+KEY = "nulsq"
+LARGEST_HEADER = 32 << 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the file and of its parts; `ideal` counts the codes without the last byte's rounding, per layer."""
+
+    file: int
+    float_model: int
+    packed_weights: int
+    ideal_weights: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A packed file, read and checked but not yet a model."""
+
+    path: Path
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def codes(self, layer: str) -> Tensor:
+        """The weight codes of a layer in the weight's own shape, uint8."""
+        entry = self.meta["layers"][layer]
+        count = torch.Size(entry["shape"]).numel()
+        stream = packing.unpack(self.tensors[f"{layer}.weight.codes"].numpy(), entry["weight_bits"], count)
+        return torch.from_numpy(stream).view(entry["shape"])
+
+
+def save(path: Path, model: nn.Module, meta: dict[str, Any]) -> Sizes:
+    """Write a converted model. The same model and notes give the same bytes.
+
+    Args:
+        path: the file.
+        model: a model whose quantizers have been trained, in any mode.
+        meta: what the reader needs besides the layers: arch, arch_kwargs, num_classes, data_cfg, bits,
+            method, and whatever else is worth keeping; plain JSON.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    ideal = 0
+    quantized = quant_layers(model)
+    for name, layer in quantized.items():
+        entries[name] = entry = _describe(name, layer, meta.get("counts", {}).get(name))
+        if layer.weight_quantizer is not None:
+            tables = layer.weight_quantizer.codebook()
+            codes = codebook.encode(layer.weight.detach().float(), tables.thresholds).cpu()
+            stream = packing.pack(codes.numpy(), entry["weight_bits"])
+            tensors[f"{name}.weight.codes"] = torch.from_numpy(stream)
+            tensors[f"{name}.weight.levels"] = tables.levels.cpu()
+            ideal += codes.numel() * entry["weight_bits"]
+        if layer.input_quantizer is not None:
+            tables = layer.input_quantizer.codebook()
+            tensors[f"{name}.act.levels"] = tables.levels.cpu()
+            tensors[f"{name}.act.thresholds"] = tables.thresholds.cpu()
+    packed = sum(t.numel() for key, t in tensors.items() if key.endswith(".weight.codes"))
+    rest, float_bytes = _rest(model, quantized)
+    tensors |= rest
+    header = {
+        **{key: value for key, value in meta.items() if key != "counts"},
+        "format": "nulsq", "format_version": VERSION, "packing": "lsb0", "tie": "strict_greater", "grid": "float",
+        "layers": entries, "float_bytes": float_bytes, "sha256": _digest(tensors),
+    }  # fmt: skip
+    tensors = {key: value.contiguous().clone() for key, value in sorted(tensors.items())}
+    canonical = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    content = safetensors.torch.save(tensors, metadata={KEY: canonical})
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return Sizes(len(content), float_bytes, packed, (ideal + 7) // 8)
+
+
+def _describe(name: str, layer: QuantLayer, counts: list[int] | None) -> dict[str, Any]:
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    return {
+        "op": type(layer).__name__.removeprefix("Quant").lower(), "shape": list(layer.weight.shape),
+        "weight_bits": weights.spec.bits if weights else 32, "act_bits": inputs.spec.bits if inputs else 32,
+        "weight_kind": type(weights).__name__.lower() if weights else "float",
+        "act_kind": type(inputs).__name__.lower() if inputs else "float",
+        "axis": 0 if weights is not None and weights.spec.granularity == "channel" else None,
+        "signed": bool(inputs.spec.signed) if inputs else None, "act_counts": counts,
+    }  # fmt: skip
+
+
+def _rest(model: nn.Module, quantized: dict[str, QuantLayer]) -> tuple[dict[str, Tensor], int]:
+    """Everything that is not quantized, under its float name, and the bytes of the float model."""
+    packed = {f"{name}.weight" for name, layer in quantized.items() if layer.weight_quantizer is not None}
+    inner = tuple(f"{name}.{side}_quantizer." for name in quantized for side in ("weight", "input"))
+    rest, total = {}, 0
+    for key, tensor in model.state_dict().items():
+        if key.startswith(inner):
+            continue
+        total += tensor.numel() * tensor.element_size()
+        if key not in packed:
+            rest[key] = tensor.detach().cpu()
+    return rest, total
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        total.update(key.encode() + b"\0")
+        total.update(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def read(path: Path) -> Artifact:
+    """Read and check a packed file; nothing in it is ever executed.
+
+    Raises:
+        InputError: missing, truncated, damaged, no nulsq file, of a newer version, or in contradiction with itself.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if len(start) < 8 or int.from_bytes(start, "little") > min(LARGEST_HEADER, path.stat().st_size):
+            raise InputError("is truncated or no safetensors file", where=path)
+        with safetensors.safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})[KEY])
+            version = str(meta["format_version"])
+            if version.split(".")[0] != VERSION.split(".")[0]:
+                raise InputError(f"has format version {version}, this nulsq reads {VERSION}", where=path,
+                                 fix="install a newer nulsq")  # fmt: skip
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+    except OSError as reason:
+        raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
+    except KeyError as reason:
+        raise InputError("is a safetensors file, but not one that nulsq wrote", where=path) from reason
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as reason:
+        raise InputError(f"is truncated or damaged: {str(reason).splitlines()[0]}", where=path) from reason
+    artifact = Artifact(path, meta, tensors)
+    try:
+        if meta["sha256"] != _digest(tensors):
+            raise ValueError("its content does not match its checksum")
+        for name, entry in meta["layers"].items():
+            _check_layer(artifact, name, entry)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as reason:
+        what = f"{reason} is missing" if isinstance(reason, KeyError) else str(reason)
+        raise InputError(f"is damaged: {what}", where=path, fix="export the run again") from reason
+    return artifact
+
+
+def _check_layer(artifact: Artifact, name: str, entry: dict[str, Any]) -> None:
+    shape = entry["shape"]
+    if not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"{name}: impossible shape {shape}")
+    for bits in (entry["weight_bits"], entry["act_bits"]):
+        if bits != 32 and not (type(bits) is int and 2 <= bits <= 8):
+            raise ValueError(f"{name}: impossible width {bits}")
+    if entry["weight_bits"] < 32:
+        codes, levels = artifact.codes(name), artifact.tensors[f"{name}.weight.levels"]
+        if levels.ndim != 1 and tuple(levels.shape[:-1]) != (shape[0],):
+            raise ValueError(f"{name}: its level table does not fit its shape")
+        _check_table(name, levels, entry["weight_bits"])
+        if int(codes.max()) >= levels.shape[-1]:
+            raise ValueError(f"{name}: a code has no level")
+    if entry["act_bits"] < 32:
+        levels, thresholds = (artifact.tensors[f"{name}.act.{part}"] for part in ("levels", "thresholds"))
+        _check_table(name, levels, entry["act_bits"])
+        if levels.ndim != 1 or thresholds.shape != (len(levels) - 1,) or not _ascending(thresholds):
+            raise ValueError(f"{name}: its activation tables do not fit each other")
+
+
+def _check_table(name: str, levels: Tensor, bits: int) -> None:
+    if levels.dtype != torch.float32 or not 2 <= levels.shape[-1] <= 2**bits or not _ascending(levels):
+        raise ValueError(f"{name}: its level table is not a sorted table of finite numbers")
+
+
+def _ascending(values: Tensor) -> bool:
+    return bool(values.isfinite().all()) and bool((values.diff(dim=-1) >= 0).all())
+
+
+def load(path: Path) -> tuple[nn.Module, Artifact]:
+    """A packed file as a model in evaluation mode, which computes what the run computed.
+
+    Raises:
+        InputError: as `read`, or the file does not fit the architecture that it names.
+    """
+    artifact = read(path)
+    meta = artifact.meta
+    try:
+        arguments = dict(meta["arch_kwargs"])
+        model = create_float_model(meta["arch"], num_classes=meta["num_classes"], in_chans=arguments.pop("in_chans", None),
+                                   kwargs=arguments)  # fmt: skip
+        modules = dict(model.named_modules())
+        for name, entry in meta["layers"].items():
+            layer = modules[name]
+            if list(layer.weight.shape) != entry["shape"]:
+                raise ValueError(f"{name}: the architecture has shape {list(layer.weight.shape)}")
+            quantized = LAYERS[type(layer)](layer, None, _table(artifact, name, entry))
+            if entry["weight_bits"] < 32:
+                weight = codebook.decode(artifact.codes(name), artifact.tensors[f"{name}.weight.levels"])
+                quantized.weight = nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(name, quantized)
+        _fill(model, artifact)
+    except (KeyError, ValueError, TypeError, AttributeError) as reason:
+        raise InputError(f"does not fit its architecture: {reason}", where=path) from reason
+    return model.eval(), artifact
+
+
+def _table(artifact: Artifact, name: str, entry: dict[str, Any]) -> Quantizer | None:
+    if entry["act_bits"] == 32:
+        return None
+    tables = Codebook(*(artifact.tensors[f"{name}.act.{part}"] for part in ("levels", "thresholds")))
+    return Table(QuantSpec(entry["act_bits"], bool(entry["signed"])), tables)
+
+
+def _fill(model: nn.Module, artifact: Artifact) -> None:
+    suffixes = (".weight.codes", ".weight.levels", ".act.levels", ".act.thresholds")
+    own = {n + s for n in artifact.meta["layers"] for s in suffixes}
+    rest = {key: tensor for key, tensor in artifact.tensors.items() if key not in own}
+    result = model.load_state_dict(rest, strict=False)
+    derived = {f"{n}.weight" for n, entry in artifact.meta["layers"].items() if entry["weight_bits"] < 32}
+    missing = [k for k in result.missing_keys if k not in derived and ".input_quantizer.table_" not in k]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
