@@ -1,0 +1,148 @@
+"""What people see: tables and one live line on a terminal, plain lines elsewhere; JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+VIOLET = "medium_purple1"
+
+
+class Show:
+    """Shows a command's progress to people, and keeps a plain copy in a run's `train.log`.
+
+    Args:
+        as_json: stdout belongs to one JSON object, so people read stderr.
+        quiet: only results and errors.
+        color: False forces plain text; `NO_COLOR` is honoured in any case.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, color: bool = True) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        plain = not color or bool(os.environ.get("NO_COLOR"))
+        self.console = Console(stderr=as_json, no_color=plain, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.log: Path | None = None
+        self.live: Progress | None = None
+        self.task: TaskID | None = None
+
+    # ---- words ----------------------------------------------------------------------------------
+
+    def log_to(self, path: Path) -> None:
+        """From now on keep a copy of all lines in this file."""
+        self.log = path
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """One line."""
+        if not self.quiet:
+            (self.live.console if self.live else self.console).print(text, style=style, markup=False)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def heading(self, text: str) -> None:
+        """Opens a stage of the run."""
+        if self.console.is_terminal and not self.quiet:
+            self.console.print()
+        self.say(f"● {text}", style=f"bold {VIOLET}")
+
+    def score(self, label: str, top1: float, top5: float, samples: int) -> None:
+        """An accuracy with a bar that makes two of them comparable at a glance."""
+        filled = round(top1 / 100 * 30)
+        self.say(f"  {label:<28} {top1:6.2f} %  {'━' * filled}{'╌' * (30 - filled)}  top-5 {top5:.2f} %, {samples} images")
+
+    # ---- tables ---------------------------------------------------------------------------------
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]], right: set[int] = frozenset()) -> None:
+        """A table; on something that is no terminal the same, without colour and as wide as it needs."""
+        if self.quiet:
+            return
+        table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None,
+                      pad_edge=False, padding=(0, 2, 0, 0))  # fmt: skip
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        wide = self.console if self.console.is_terminal else Console(
+            file=self.console.file, width=200, no_color=True, highlight=False)  # fmt: skip
+        wide.print(table)
+
+    def plan(self, plan: dict[str, Any]) -> None:
+        """The plan as a table and, below it, what it comes to."""
+        rows = [
+            [
+                p["name"], p["type"], "×".join(map(str, p["shape"])),
+                "float" if p["method"] == "float" else f"{p['weight_bits']}/{p['input_bits']}",
+                "-" if p["signed"] is None or p["method"] == "float" else "signed" if p["signed"] else "unsigned",
+                p["granularity"] if p["method"] != "float" else "-", p["method"], p["reason"],
+            ]
+            for p in plan["layers"]
+        ]  # fmt: skip
+        self.table("", ["layer", "type", "shape", "bits W/A", "input", "weights per", "method", "why"], rows)
+        self.say(
+            f"  {plan['average_weight_bits']:.2f} bits per weight on average · float {size(plan['float_bytes'])}"
+            f" · packed {size(plan['packed_bytes'])} ({plan['float_bytes'] / max(plan['packed_bytes'], 1):.1f}× smaller)"
+        )
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def start_training(self, epochs: int, batches: int, done: int) -> None:
+        """Open the live display, where there is a terminal."""
+        if self.quiet or not self.console.is_terminal:
+            return
+        self.live = Progress(
+            TextColumn("  {task.description}"), BarColumn(bar_width=24, complete_style=VIOLET),
+            TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
+            console=self.console, transient=True,
+        )  # fmt: skip
+        self.task = self.live.add_task("epoch 1", total=epochs * batches, completed=done, numbers="")
+        self.epochs = epochs
+        self.live.start()
+
+    def stop_training(self) -> None:
+        """Close the live display."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
+             images_per_second: float) -> None:  # fmt: skip
+        """After some updates: move the bar, or print a line now and then."""
+        numbers = f"loss {loss:.3f}  lr {rates[0]:.2e}"
+        if rates[1] is not None:
+            numbers += f"  steps lr {rates[1]:.2e}"
+        numbers += f"  {images_per_second:.0f} images/s"
+        if self.live is not None and self.task is not None:
+            self.live.update(self.task, completed=epoch * batches + batch, numbers=numbers,
+                             description=f"epoch {epoch + 1}/{self.epochs}")  # fmt: skip
+        elif batches > 100:
+            self.say(f"  epoch {epoch + 1}, batch {batch}/{batches}: {numbers}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """After an epoch."""
+        self.say(
+            f"  epoch {row['epoch'] + 1:<3} loss {row['train_loss']:.3f}   top-1 {row['eval_top1']:6.2f} %"
+            f"   lr {row['lr_weights']:.1e}   {row['seconds']:.1f} s"
+        )
+
+    # ---- results --------------------------------------------------------------------------------
+
+    def result(self, value: Any) -> None:
+        """The JSON object of the command, if it was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value) + "\n")
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

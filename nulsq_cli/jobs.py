@@ -1,0 +1,486 @@
+"""One function per command: the only place where the rooms meet."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import timm.task
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import safe_model_name
+from torch import Tensor, nn
+
+from nulsq_cli import artifact, calibrate, recipe, session
+from nulsq_cli.convert import Plan, convert, make_plan, with_signs
+from nulsq_cli.errors import CheckFailedError, InputError, UsageError
+from nulsq_cli.files import read_json, write_json, write_text
+from nulsq_cli.models import create_float_model
+from nulsq_cli.ops import fused
+from nulsq_cli.report import entropy as entropy_report
+from nulsq_cli.training import data
+from nulsq_cli.training.engine import Settings, Trainer, newest
+from nulsq_cli.training.optim import Pair
+from nulsq_cli.training.world import World, join
+from nulsq_cli.values import FLOAT_BITS, Score
+from nulsq_cli.version import __version__
+
+WORTH_COMPILING = 3e7
+"""Pixels that a run has to see before compiling the quantizers (about 30 s, once) pays."""
+
+
+def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, export_after: bool, dry_run: bool,
+             min_top1: float | None, show: Any) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune as the recipe says, and leave a run folder with a packed, verified file.
+
+    Raises:
+        NulsqError: any expected failure, by its own class.
+    """
+    started = time.monotonic()
+    world = join(r.engine.device)
+    torch.use_deterministic_algorithms(r.engine.deterministic)
+    if not world.primary:
+        show.quiet = True
+    folder = _run_folder(r, folder, resume)
+    resumed = newest(folder / "checkpoints") if resume else None
+
+    show.heading(f"Model {r.model.name}")
+    torch.manual_seed(r.seed)
+    model = session.float_model(r)
+    config = session.data_config(r, model)
+    splits = session.open_splits(r, config)
+    session.check_classes(model, splits.validation)
+    model.to(world.device)
+    plan = make_plan(model, session.policy(r), config["input_size"])
+    is_float = all(not p.quantized for p in plan.layers)
+    if dry_run:
+        show.plan(plan.to_json())
+        return {"dry_run": True, "run": str(folder), "plan": plan.to_json()}
+
+    if world.primary:
+        folder.mkdir(parents=True, exist_ok=True)
+        show.log_to(folder / "train.log")
+    _choose_quantizer_speed(r, splits, config, show)
+    show.say(f"  {session.float_info(model)['resolved']} · {len(splits.train)} training images"
+             f" · {len(splits.validation)} in split {r.data.val_split!r} · {world.device}")  # fmt: skip
+    known = read_json(folder / "start.json") if resumed else None
+    start: dict[str, Score] = {} if known is None else {k: Score(**v) for k, v in known.items()}
+    if known is None:
+        start["float"] = session.score(model, splits.validation, splits.eval_transform, world, r)
+    show.score("float", start["float"].top1, start["float"].top5, start["float"].samples)
+
+    teacher = _teacher(r, model, config)
+    stored = Plan.from_json(read_json(folder / "plan.json")) if resumed else None
+    if stored is not None:
+        _same_plan(plan, stored, r)
+        plan = stored
+    if not is_float:
+        plan = _quantize(r, model, plan, splits, world, show, measured=stored is None)
+    model.to(world.device)
+    if known is None:
+        start["init"] = start["float"] if is_float else session.score(model, splits.validation, splits.eval_transform, world, r)
+    if not is_float:
+        show.score("before training", start["init"].top1, start["init"].top5, start["init"].samples)
+    if world.primary and not resumed:
+        _write_start(folder, r, model, config, plan, start)
+
+    trainer = _trainer(r, model, teacher, splits, world, folder, show)
+    if resumed:
+        trainer.restore(resumed)
+        show.say(f"  resumed from {resumed.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
+    else:
+        trainer.save("last")
+    if r.schedule.epochs:
+        show.heading(f"Fine-tuning for {r.schedule.epochs} epochs")
+        show.start_training(r.schedule.epochs, trainer.batches, trainer.progress.epoch * trainer.batches + trainer.progress.batch)
+        try:
+            trainer.run()
+        finally:
+            show.stop_training()
+    return _finish(r, folder, trainer, splits, plan, start, world, show, export_after, min_top1, started)
+
+
+def _run_folder(r: recipe.Recipe, folder: Path | None, resume: str | None) -> Path:
+    if resume not in (None, "auto"):
+        folder = Path(resume)
+        if not (folder / "recipe.yaml").exists():
+            raise InputError("holds no run to resume", where=folder, fix="see `nulsq ls runs`")
+    if folder is None:
+        if resume == "auto":
+            raise UsageError("--resume auto needs the run folder", fix="name it with -o DIR")
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        bits = str(r.quant.bits).replace("/", "a")
+        folder = Path(r.output.dir) / f"{stamp}-{r.output.experiment or safe_model_name(r.model.name)}-w{bits}"
+    if (folder / "recipe.yaml").exists() and resume is None:
+        raise UsageError("already holds a run", where=folder,
+                         fix="choose another folder with -o, or go on with --resume auto")  # fmt: skip
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is not a folder", where=folder)
+    return folder
+
+
+def _choose_quantizer_speed(r: recipe.Recipe, splits: session.Splits, config: dict[str, Any], show: Any) -> None:
+    pixels = len(splits.train) * r.schedule.epochs * config["input_size"][1] * config["input_size"][2]
+    wanted = pixels > WORTH_COMPILING if r.engine.compile == "auto" else bool(r.engine.compile)
+    if wanted and str(r.quant.bits) != "32/32":
+        show.say("  compiling the quantizers ...")
+    fused.use(wanted and str(r.quant.bits) != "32/32")
+
+
+def _teacher(r: recipe.Recipe, model: nn.Module, config: dict[str, Any]) -> nn.Module | None:
+    if r.teacher.name is None:
+        return None
+    if r.teacher.name == "self":
+        return session.copy_of(model)
+    return create_float_model(r.teacher.name, pretrained=r.teacher.checkpoint is None, checkpoint=r.teacher.checkpoint,
+                              num_classes=model.num_classes, in_chans=config["input_size"][0])  # fmt: skip
+
+
+def _same_plan(now: Plan, stored: Plan, r: recipe.Recipe) -> None:
+    """A resumed run keeps its plan; signs were measured, so they are the stored ones."""
+    key = lambda p: (p.weight_bits, p.input_bits, p.granularity, p.method, p.shape)  # noqa: E731
+    before = {p.name: key(p) for p in stored.layers}
+    after = {p.name: key(p) for p in now.layers}
+    changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    if changed or now.options != stored.options:
+        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise UsageError(f"the run was made with another plan; it differs in {listed or 'the method options'}",
+                         fix="resume with the bits, method and rules of the run, or start a new one with -o")  # fmt: skip
+
+
+def _quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Splits, world: World, show: Any, *,
+              measured: bool) -> Plan:  # fmt: skip
+    """Convert the model in place; a new run also measures, starts its steps and re-estimates BatchNorm."""
+    if not measured:
+        convert(model, plan)
+        return plan
+    show.heading(f"Quantizing to {r.quant.bits} with {r.quant.method}")
+    q = r.quant
+    passes = session.chunks(splits.train, splits.eval_transform, q.calibration.samples, world, r)
+    stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), *passes, world.reduce)
+    plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, session.policy(r))
+    show.plan(plan.to_json())
+    convert(model, plan)
+    calibrate.initialize(model, stats, q.init.weights, q.init.activations)
+    if r.bn.reestimate_samples:
+        passes = session.chunks(splits.train, splits.eval_transform, r.bn.reestimate_samples, world, r)
+        count = calibrate.reestimate_batchnorm(model, *passes, world.reduce)
+        show.say(f"  steps started from {min(q.calibration.samples, len(splits.train))} images"
+                 f" ({q.init.weights} weights, {q.init.activations} activations), {count} BatchNorms re-estimated")  # fmt: skip
+    return plan
+
+
+def _write_start(folder: Path, r: recipe.Recipe, model: nn.Module, config: dict[str, Any], plan: Plan,
+                 start: dict[str, Score]) -> None:  # fmt: skip
+    write_json(folder / "plan.json", plan.to_json())
+    write_json(folder / "model.json", session.describe_model(model, config))
+    write_json(folder / "env.json", environment())
+    write_json(folder / "start.json", {key: vars(value) for key, value in start.items()})
+    write_text(folder / "recipe.yaml", r.to_yaml())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the command line, as stored in a run."""
+    import platform
+
+    import torchvision
+
+    return {
+        "nulsq": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "timm": timm.__version__, "platform": platform.platform(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(), "command": shlex.join(sys.argv),
+    }  # fmt: skip
+
+
+class _Logs:
+    """Passes progress on to the display, and writes the two machine-readable logs of a run."""
+
+    def __init__(self, folder: Path, show: Any, write: bool) -> None:
+        self.folder, self.show, self.write = folder, show, write
+
+    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
+             images_per_second: float) -> None:  # fmt: skip
+        """Shown; not kept."""
+        self.show.step(epoch, batch, batches, loss, rates, images_per_second)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Shown; the logs are rewritten from the run's own rows, so a resumed run has each epoch once."""
+        self.show.epoch(row)
+
+    def say(self, text: str) -> None:
+        """Shown."""
+        self.show.say(text)
+
+    def rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """metrics.jsonl and summary.csv, whole."""
+        import json
+
+        if self.write and rows:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
+            write_text(self.folder / "summary.csv", "\n".join(lines) + "\n")
+
+
+def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, splits: session.Splits, world: World,
+             folder: Path, show: Any) -> Trainer:  # fmt: skip
+    d, a, e = r.data, r.data.augment, r.engine
+    batches = data.batches_per_epoch(len(splits.train), d.batch_size, world.size)
+    if not batches and r.schedule.epochs:
+        raise UsageError(f"{len(splits.train)} training images do not fill one batch of {d.batch_size * world.size}",
+                         fix="lower --batch-size")  # fmt: skip
+    updates = -(-batches // e.grad_accum_steps)
+    pair = Pair(model, r.optimizer.weights.model_dump(), r.optimizer.steps.model_dump(), r.schedule.model_dump(),
+                r.schedule.epochs, max(updates, 1))  # fmt: skip
+    mixup = data.build_mixup(mixup=a.mixup, cutmix=a.cutmix, prob=a.mixup_prob, switch_prob=a.mixup_switch_prob,
+                             mode=a.mixup_mode, smoothing=a.smoothing, num_classes=model.num_classes)  # fmt: skip
+    if mixup is not None:
+        criterion: nn.Module = SoftTargetCrossEntropy()
+    else:
+        criterion = LabelSmoothingCrossEntropy(a.smoothing) if a.smoothing else nn.CrossEntropyLoss()
+    if teacher is None:
+        task = timm.task.ClassificationTask(model, criterion, device=world.device, verbose=False)
+    else:
+        task = timm.task.LogitDistillationTask(
+            model, teacher.to(world.device), criterion, distill_loss_weight=r.teacher.weight,
+            task_loss_weight=r.teacher.task_weight, temperature=r.teacher.temperature, device=world.device, verbose=False,
+        )  # fmt: skip
+    task.to(world.device)
+    if world.size > 1:
+        task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+    def batches_of(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(data.train_loader(
+            splits.train, splits.train_transform, batch_size=d.batch_size, seed=r.seed, epoch=epoch, first_batch=first,
+            workers=d.workers, pin_mem=d.pin_mem, rank=world.rank, world=world.size,
+        ))  # fmt: skip
+
+    settings = Settings(
+        epochs=r.schedule.epochs, seed=r.seed, grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
+        clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), ema_decay=r.ema.decay if r.ema.enabled else None,
+        ema_warmup=r.ema.warmup, bn_freeze_after=r.bn.freeze_after, mixup_off_epoch=a.mixup_off_epoch,
+        log_interval=r.log.interval, recovery_seconds=60 * r.checkpoint.recovery_minutes,
+        recovery_steps=r.checkpoint.recovery_steps,
+    )  # fmt: skip
+    chosen = splits.held or splits.validation
+    logs = _Logs(folder, show, world.primary)
+    trainer = Trainer(task, model, pair, world, settings, folder / "checkpoints", batches_of, batches,
+                      lambda m: session.score(m, chosen, splits.eval_transform, world, r), logs, mixup)  # fmt: skip
+    shown = logs.epoch
+    logs.epoch = lambda row: (shown(row), logs.rewrite(trainer.progress.rows))  # type: ignore[method-assign]
+    return trainer
+
+
+def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Splits, plan: Plan, start: dict[str, Score],
+            world: World, show: Any, export_after: bool, min_top1: float | None, started: float) -> dict[str, Any]:  # fmt: skip
+    show.heading("Result")
+    best, last = trainer.progress.best, start["init"]
+    if trainer.progress.rows:
+        if splits.held is not None:
+            last = session.score(trainer.candidate, splits.validation, splits.eval_transform, world, r)
+        else:
+            row = trainer.progress.rows[-1]
+            last = Score(row["eval_top1"], row["eval_top5"], row["eval_loss"], len(splits.validation))
+    model = session.read_run(folder).model().to(world.device) if world.primary else None
+    best_score = {"top1": last.top1, "top5": last.top5, "epoch": -1}
+    if best is not None:
+        best_score = dict(best)
+        if splits.held is not None and model is not None:
+            found = session.score(model, splits.validation, splits.eval_transform, World(0, 1, world.device), r)
+            best_score |= {"top1": found.top1, "top5": found.top5}
+    result: dict[str, Any] = {
+        "run": str(folder), "artifact": None, "model": r.model.name, "bits": str(r.quant.bits), "method": r.quant.method,
+        "epochs": r.schedule.epochs, "seed": r.seed, "seconds": round(time.monotonic() - started, 1),
+        "float": _percent(start["float"]), "init": _percent(start["init"]), "best": best_score, "last": _percent(last),
+        "chosen_on": f"{r.data.hold_out:g} of split {r.data.train_split!r}, held out" if splits.held is not None
+        else f"split {r.data.val_split!r}",
+    }  # fmt: skip
+    if not world.primary:
+        world.leave()
+        return result
+    if r.export and export_after and any(p.quantized for p in plan.layers):
+        written = export(folder, folder / "export" / "model.safetensors", show=show, model=model)
+        result["artifact"] = written["path"]
+    result["seconds"] = round(time.monotonic() - started, 1)
+    write_json(folder / "result.json", result)
+    _say_result(result, start, show)
+    if min_top1 is not None and result["best"]["top1"] < min_top1:
+        raise CheckFailedError(f"top-1 is {result['best']['top1']:.2f} %, below the {min_top1:g} % that were asked for",
+                               where=folder)  # fmt: skip
+    return result
+
+
+def _percent(score: Score) -> dict[str, float]:
+    return {"top1": score.top1, "top5": score.top5}
+
+
+def _say_result(result: dict[str, Any], start: dict[str, Score], show: Any) -> None:
+    samples = start["float"].samples
+    show.score("float", result["float"]["top1"], result["float"]["top5"], samples)
+    if str(result["bits"]) != "32/32":
+        show.score(f"{result['bits']} before training", result["init"]["top1"], result["init"]["top5"], samples)
+    if result["epochs"]:
+        show.score(f"{result['bits']} best, epoch {result['best']['epoch'] + 1}", result["best"]["top1"],
+                   result["best"]["top5"], samples)  # fmt: skip
+    show.say(f"  chosen on {result['chosen_on']} · seed {result['seed']} · {result['seconds']:.0f} s · {result['run']}")
+    if result["artifact"]:
+        show.heading("What next")
+        show.say(f"  nulsq eval {result['artifact']}")
+        show.say(f"  nulsq entropy {result['run']} -o {result['run']}")
+        show.say(f"  nulsq finetune ... --resume auto -o {result['run']}   # goes on if it was interrupted")
+
+
+# ---- the other commands -----------------------------------------------------------------------------
+
+
+def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, show: Any) -> dict[str, Any]:
+    """Accuracy of a run, a packed file, or (with `r` alone) a float model.
+
+    Args:
+        target: run folder or file; a name when `r` names a float model.
+        r: a recipe for a float model; None for the other kinds, which carry their own.
+        given: data_dir, dataset, batch_size that the user gave instead.
+    """
+    if r is not None:
+        model, kind, config, used = session.float_model(r), "float", None, r
+    else:
+        model, kind, used, config = session.target_model(target)
+        if used is None:
+            used = recipe.load("imagenet")
+    used = recipe.with_values(used, {f"data.{k}": v for k, v in given.items() if v is not None})
+    world = join(used.engine.device)
+    model.to(world.device)
+    config = config or session.data_config(used, model)
+    split = session.open_split(used, used.data.val_split, config["input_size"][0])
+    session.check_classes(model, split)
+    _, transform = data.build_transforms({**config, "input_size": tuple(config["input_size"])})
+    score = session.score(model, split, transform, world, used)
+    show.score(target, score.top1, score.top5, score.samples)
+    return {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss,
+            "samples": score.samples}  # fmt: skip
+
+
+def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | None = None) -> dict[str, Any]:
+    """Write the packed file of a run, read it back into a fresh model, and compare the two.
+
+    Raises:
+        CheckFailedError: the file does not compute what the run computes; it is removed.
+    """
+    run = session.read_run(folder)
+    if run.plan is None or all(not p.quantized for p in run.plan.layers):
+        raise UsageError("is a float run, there is nothing to pack", where=folder, fix="fine-tune with --bits 3/3")
+    model = (model or run.model()).cpu().eval()
+    info = read_json(folder / "model.json")
+    config = {**info["data_cfg"], "input_size": tuple(info["data_cfg"]["input_size"])}
+    images = _some_images(run.recipe, config)
+    counts = entropy_report.count_activations(model, images)
+    best = read_json(folder / "result.json")["best"] if (folder / "result.json").exists() else None
+    meta = {
+        "producer": f"nulsq {__version__}", "arch": info["architecture"], "arch_name": info["name"],
+        "arch_kwargs": {k: v for k, v in info["arguments"].items() if k != "num_classes"},
+        "num_classes": info["arguments"]["num_classes"], "data_cfg": info["data_cfg"],
+        "bits": str(run.recipe.quant.bits), "method": run.recipe.quant.method, "counts": counts,
+        "recipe": run.recipe.to_yaml(),
+    }  # fmt: skip
+    del best
+    path = path or folder / "export" / "model.safetensors"
+    sizes = artifact.save(path, model, meta)
+    fresh, _ = artifact.load(path)
+    verified = _compare(model, fresh, images)
+    if verified["max_abs_diff"] > 0:
+        path.unlink()
+        raise CheckFailedError(f"the packed file differs from the run by {verified['max_abs_diff']:.3g}", where=path)
+    show.say(f"  packed {size_line(sizes)} · verified on {verified['samples']} images: outputs equal · {path}")
+    return {
+        "path": str(path), "format": "safetensors", "bytes": sizes.file, "float_bytes": sizes.float_model,
+        "packed_weight_bytes": sizes.packed_weights, "ideal_weight_bytes": sizes.ideal_weights, "verified": verified,
+    }  # fmt: skip
+
+
+def size_line(sizes: artifact.Sizes) -> str:
+    """File size against the float model's."""
+    return f"{sizes.file / 1000:.1f} kB, {sizes.float_model / sizes.file:.1f}× smaller than {sizes.float_model / 1000:.1f} kB"
+
+
+def _some_images(r: recipe.Recipe, config: dict[str, Any]) -> list[Tensor]:
+    """Up to 256 training images, or noise of the right size where the data are not at hand."""
+    try:
+        dataset = session.open_split(r, r.data.train_split, config["input_size"][0])
+    except (InputError, UsageError):
+        noise = torch.Generator().manual_seed(0)
+        return [torch.randn(64, *config["input_size"], generator=noise)]
+    _, transform = data.build_transforms(config)
+    start, _ = session.chunks(dataset, transform, 256, World(0, 1, torch.device("cpu")), r)
+    return [images for _, images in start()]
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, fresh: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
+    worst, same, total = 0.0, 0, 0
+    for images in batches:
+        a, b = model(images), fresh(images)
+        difference = (a - b).abs().max().item()
+        worst = max(worst, float("inf") if difference != difference else difference)
+        same += int((a.argmax(1) == b.argmax(1)).sum())
+        total += len(images)
+    return {"samples": total, "max_abs_diff": worst, "top1_agreement": 100 * same / max(total, 1)}
+
+
+def entropy(targets: list[str], folder: Path | None, *, show: Any) -> dict[str, Any]:
+    """Code histograms, entropies and levels of runs and packed files; with a folder also JSON and pictures."""
+    found = []
+    for target in targets:
+        path = Path(target)
+        if session.kind_of(target) == "run":
+            path = path / "export" / "model.safetensors"
+            if not path.exists():
+                raise InputError("has no packed file yet", where=target, fix=f"run `nulsq export {target}`")
+        found.append({**entropy_report.of_artifact(artifact.read(path)), "target": target})
+    for entry in found:
+        rows = [
+            [r["name"], r["tensor"], str(r["bits"]), f"{r['levels_used']}/{len(r['levels'])}", f"{r['entropy']:.3f}",
+             f"{100 * r['entropy'] / r['bits']:.0f} %"] for r in entry["layers"]
+        ]  # fmt: skip
+        show.table(f"{entry['target']}  {entry['bits']} {entry['method']}",
+                   ["layer", "tensor", "bits", "levels used", "entropy", "of its bits"], rows, right={2, 3, 4, 5})  # fmt: skip
+        for tensor in ("weight", "activation"):
+            mean = entry[f"mean_{tensor}_entropy"]
+            if mean is not None:
+                show.say(f"  mean {tensor} entropy {mean:.3f} bits (layers at {entry['bits']})")
+    result = {"targets": found}
+    if folder is not None:
+        write_json(folder / "entropy.json", result)
+        from nulsq_cli.report import plots
+
+        for suffix in ("png", "svg"):
+            plots.entropy(found, folder / f"entropy.{suffix}")
+        show.say(f"  wrote {folder}/entropy.json, entropy.png, entropy.svg")
+    return result
+
+
+def plan(r: recipe.Recipe, *, show: Any) -> dict[str, Any]:
+    """What would be quantized, how, and why. Weights are not needed, nothing is downloaded or trained."""
+    m = r.model
+    model = create_float_model(m.name, checkpoint=m.initial_checkpoint, num_classes=m.num_classes,
+                               in_chans=m.in_chans, kwargs=m.kwargs)  # fmt: skip
+    config = session.data_config(r, model)
+    found = make_plan(model, session.policy(r), config["input_size"]).to_json()
+    show.heading(f"{session.float_info(model)['resolved']}, {r.quant.bits}, {r.quant.method}")
+    show.plan(found)
+    show.say("  the sign of inputs is that of a pass of noise; fine-tuning measures it on data")
+    return found
+
+
+def models(pattern: str) -> list[str]:
+    """Names that --model takes."""
+    from nulsq_cli.models import list_models
+
+    return list_models(pattern)
+
+
+__all__ = ["FLOAT_BITS", "entropy", "environment", "evaluate", "export", "finetune", "models", "plan"]
