@@ -140,3 +140,7 @@ class TensorStats:
     largest: Tensor
     points: Tensor
     mass: Tensor
+
+
+INITIALIZER_NAMES = ("nmse", "lsq", "lloyd", "mse")
+"""The rules that start steps; `initializers.py` holds them."""

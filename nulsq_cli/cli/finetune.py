@@ -82,7 +82,7 @@ Items = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=V
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Add the flags above to a command; it receives those that were given as `given`."""
-    own = list(inspect.signature(command).parameters.values())
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
     added, keys = [], {}
     for spelling, key, kind, text in FLAGS:
         name = key.replace(".", "_")

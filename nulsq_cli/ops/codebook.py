@@ -98,7 +98,7 @@ def _sum_by_place(place: Tensor, values: Tensor, size: int) -> Tensor:
     """Sum the values that share a place, in float64. (size,)"""
     if place.is_cuda:  # bincount adds by atomics there: another order, other bits, in every run
         return torch.stack([(values * (place == i)).sum(dtype=torch.float64) for i in range(size)])
-    return torch.bincount(place.flatten(), values.flatten().double(), minlength=size)
+    return torch.bincount(place.flatten(), values.flatten().double(), minlength=size).double()
 
 
 def quantize_to_levels(x: Tensor, levels: Tensor) -> Tensor:

@@ -1,0 +1,306 @@
+"""What a recipe may say: frozen pydantic sections, one class each. Unknown keys are refused everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+
+from nulsq_cli.errors import NulsqError, suggest
+from nulsq_cli.methods import METHODS
+from nulsq_cli.values import INITIALIZER_NAMES
+from nulsq_cli.values import Bits as _Bits
+
+
+def _read_bits(value: Any) -> Any:
+    if isinstance(value, _Bits):
+        return value
+    if isinstance(value, dict) and set(value) == {"w", "a"}:
+        value = f"{value['w']}/{value['a']}"
+    try:
+        return _Bits.parse(value)
+    except NulsqError as error:
+        raise ValueError(f"{error.what}; {error.fix}") from error
+
+
+def _one_of(kind: str, names: Any) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value is not None and value not in names:
+            raise ValueError(f"no {kind} called {value!r}; {suggest(str(value), names)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Bits = Annotated[_Bits, BeforeValidator(_read_bits), PlainSerializer(str, return_type=str),
+                 WithJsonSchema({"type": "string", "pattern": "^([2-8]|32)/([2-8]|32)$"})]  # fmt: skip
+MethodName = Annotated[str, _one_of("method", METHODS)]
+RuleName = Annotated[str, _one_of("initializer", INITIALIZER_NAMES)]
+Finite = Field(allow_inf_nan=False)
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Triple = Annotated[list[float], Field(min_length=1, max_length=4)]
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+
+
+class Published(Section):
+    """One figure of a paper for this recipe; never a measurement of ours."""
+
+    bits: Bits
+    method: MethodName
+    top1: Annotated[float, Field(ge=0, le=100)]
+    top5: Annotated[float, Field(ge=0, le=100)] | None = None
+
+
+class Measured(Section):
+    """A figure that somebody measured with this recipe, and how."""
+
+    bits: Bits
+    method: MethodName
+    top1: Annotated[float, Field(ge=0, le=100)]
+    epochs: int
+    seeds: Count
+    note: str = ""
+
+
+class Model(Section):
+    """The float model."""
+
+    name: Annotated[str, Field(min_length=1)] = "resnet18"
+    pretrained: bool = False
+    initial_checkpoint: str | None = None
+    num_classes: Count | None = None
+    in_chans: Count | None = None
+    kwargs: dict[str, Any] = {}
+
+
+class Teacher(Section):
+    """Distillation. `self` is the float model itself, null is none."""
+
+    name: str | None = None
+    checkpoint: str | None = None
+    weight: Rate = 1.0
+    task_weight: Rate = 1.0
+    temperature: Positive = 1.0
+
+
+class Augment(Section):
+    """What training images go through; timm's names and defaults. `crop_pad` pads and crops instead of resizing."""
+
+    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.08, 1.0]
+    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.75, 1.3333]
+    hflip: Share = 0.5
+    vflip: Share = 0.0
+    color_jitter: Rate | None = 0.4
+    auto_augment: str | None = None
+    reprob: Share = 0.0
+    remode: str = "pixel"
+    recount: Count = 1
+    train_interpolation: str = "random"
+    crop_pad: Annotated[int, Field(ge=0)] | None = None
+    no_aug: bool = False
+    mixup: Rate = 0.0
+    cutmix: Rate = 0.0
+    mixup_prob: Share = 1.0
+    mixup_switch_prob: Share = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup_off_epoch: Annotated[int, Field(ge=0)] = 0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Data(Section):
+    """The images. null means: as the model was made for. `hold_out` is for choosing the best epoch."""
+
+    dataset: str = ""
+    data_dir: str | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    download: bool = False
+    class_map: str = ""
+    input_size: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    interpolation: str | None = None
+    crop_pct: Positive | None = None
+    crop_mode: str | None = None
+    batch_size: Count = 128
+    validation_batch_size: Count | None = None
+    workers: Annotated[int, Field(ge=0)] = 2
+    pin_mem: bool = False
+    augment: Augment = Augment()
+
+
+class Init(Section):
+    """How steps start."""
+
+    weights: RuleName = "lloyd"
+    activations: RuleName = "lloyd"
+
+
+class FirstLast(Section):
+    """The first and the last layer."""
+
+    bits: Bits = _Bits(8, 8)
+    method: MethodName = "lsq"
+
+
+class Calibration(Section):
+    """How many training images the statistics are taken from."""
+
+    samples: Count = 1024
+
+
+class Rule(Section):
+    """An exception for the layers whose name matches; the last that matches wins."""
+
+    match: Annotated[str, Field(min_length=1)]
+    bits: Bits | None = None
+    method: MethodName | None = None
+    granularity: Literal["tensor", "channel"] | None = None
+    signed: bool | None = None
+    skip: bool = False
+
+
+class Quant(Section):
+    """What is quantized, and how."""
+
+    bits: Bits = _Bits(3, 3)
+    method: MethodName = "nulsq-wa"
+    granularity: Literal["tensor", "channel"] = "tensor"
+    init: Init = Init()
+    signed: Literal["auto"] | bool = "auto"
+    first_last: FirstLast = FirstLast()
+    calibration: Calibration = Calibration()
+    options: dict[str, Any] = {}
+    rules: list[Rule] = []
+
+
+class Weights(Section):
+    """The optimizer of the weights. timm's `sgd` is Nesterov; `momentum` is plain."""
+
+    opt: str = "momentum"
+    lr: Rate = 0.01
+    weight_decay: Rate = 1e-4
+    momentum: Share = 0.9
+    filter_bias_and_bn: bool = True
+    layer_decay: Positive | None = None
+    kwargs: dict[str, Any] = {}
+
+
+class Steps(Section):
+    """The optimizer of the steps."""
+
+    opt: str = "adamw"
+    lr: Rate = 1e-3
+    weight_decay: Rate = 0.0
+    momentum: Share = 0.9
+    kwargs: dict[str, Any] = {}
+
+
+class Optimizer(Section):
+    """Two optimizers; clipping is over the weights alone."""
+
+    weights: Weights = Weights()
+    steps: Steps = Steps()
+    clip_grad: Positive | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+
+
+class Schedule(Section):
+    """Rates are those of the weights; the steps' rate follows in proportion."""
+
+    sched: str = "cosine"
+    epochs: Annotated[int, Field(ge=0)] = 10
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_lr: Rate = 1e-5
+    min_lr: Rate = 0.0
+
+
+class BatchNorm(Section):
+    """BatchNorm: re-estimated once the quantizers are on; frozen from an epoch on, if wanted."""
+
+    freeze_after: Annotated[int, Field(ge=0)] | None = None
+    reestimate_samples: Annotated[int, Field(ge=0)] = 2048
+
+
+class Ema(Section):
+    """An average of weights and steps, which is then what is evaluated and exported."""
+
+    enabled: bool = False
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
+    warmup: bool = True
+
+
+class Engine(Section):
+    """Where and how it computes. `compile` is about the quantizers; auto compiles where it pays."""
+
+    device: str = "auto"
+    amp: Literal["bfloat16", "float16"] | None = None
+    grad_accum_steps: Count = 1
+    compile: Literal["auto"] | bool = "auto"
+    deterministic: bool = False
+
+
+class Checkpoint(Section):
+    """How often a run can be continued from inside an epoch."""
+
+    recovery_minutes: Positive = 15.0
+    recovery_steps: Count | None = None
+
+
+class Log(Section):
+    """How often progress is shown, in updates."""
+
+    interval: Count = 50
+
+
+class Output(Section):
+    """Where new run folders are made."""
+
+    dir: str = "output"
+    experiment: str | None = None
+
+
+class Recipe(Section):
+    """A whole recipe, resolved."""
+
+    version: Literal[1] = 1
+    description: str = ""
+    published: list[Published] = []
+    measured: list[Measured] = []
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    model: Model = Model()
+    teacher: Teacher = Teacher()
+    data: Data = Data()
+    quant: Quant = Quant()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    bn: BatchNorm = BatchNorm()
+    ema: Ema = Ema()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    export: bool = True
+    output: Output = Output()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        size, mean, std = self.data.input_size, self.data.mean, self.data.std
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and size is not None and len(values) not in (1, size[0]):
+                raise ValueError(f"data.{name} has {len(values)} values for images of {size[0]} channels")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe with everything resolved; it runs again as it is."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,115 @@
+"""What holds for every method there is, and for every one that will be added to the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nulsq_cli.initializers import INITIALIZERS, measure
+from nulsq_cli.methods import METHODS, make_quantizer
+from nulsq_cli.ops import codebook
+from nulsq_cli.values import QuantSpec
+
+CASES = [
+    pytest.param(method, QuantSpec(bits, signed, role, granularity, 3 if granularity == "channel" else 1),
+                 id=f"{method}-{bits}-{role}-{'signed' if signed else 'unsigned'}-{granularity}")
+    for method in METHODS for bits in (2, 3, 4, 8)
+    for role, signed, granularity in (("weight", True, "tensor"), ("weight", True, "channel"),
+                                      ("activation", True, "tensor"), ("activation", False, "tensor"))
+]  # fmt: skip
+
+
+def data(spec: QuantSpec, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(seed))
+    x = x * torch.tensor([[0.3], [1.0], [2.0]])
+    return x if spec.signed else x.relu()
+
+
+def started(method: str, spec: QuantSpec, rule: str = "lloyd"):
+    quantizer = make_quantizer(method, spec)
+    quantizer.initialize(measure(data(spec), spec.channels), rule)
+    return quantizer
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_outputs_are_levels_monotone_and_stay_when_quantized_again(method, spec):
+    quantizer = started(method, spec)
+    tables, x = quantizer.codebook(), data(spec, 1).sort(1).values
+    for mode in (True, False):
+        y = quantizer.train(mode)(x).detach()
+        rows, levels = y.view(spec.channels, -1), tables.levels.view(spec.channels, -1)
+        for row, own in zip(rows, levels, strict=True):
+            assert (row[:, None] - own).abs().amin(1).max() <= 1e-6 * own.abs().max()
+        assert (y.diff(dim=1) >= 0).all()
+        torch.testing.assert_close(quantizer(y).detach(), y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_training_and_evaluation_agree_away_from_thresholds(method, spec):
+    quantizer, x = started(method, spec), data(spec, 2)
+    levels = quantizer.codebook().levels
+    thresholds = quantizer.codebook().thresholds.view(spec.channels, -1)
+    gap = (x.view(spec.channels, -1, 1) - thresholds[:, None]).abs().amin(2).view(x.shape)
+    sure = gap > 1e-5 * levels.abs().max()
+    torch.testing.assert_close(quantizer.train()(x)[sure], quantizer.eval()(x)[sure], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_the_codebook_has_a_zero_and_is_sorted_with_thresholds_between(method, spec):
+    tables = started(method, spec).codebook()
+    assert tables.levels.shape[-1] == 2**spec.bits and tables.levels.dtype == torch.float32
+    assert tables.per_channel == (spec.granularity == "channel")
+    assert (tables.levels.view(spec.channels, -1)[:, spec.negative] == 0).all()
+    assert (tables.levels.diff(dim=-1) > 0).all()
+    assert (tables.thresholds > tables.levels[..., :-1]).all() and (tables.thresholds < tables.levels[..., 1:]).all()
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_steps_stay_positive_whatever_the_optimizer_does(method, spec):
+    quantizer = started(method, spec)
+    for value in (-5.0, 0.0):
+        for p in quantizer.steps():
+            assert p.ndim >= 1
+            p.data.view(-1)[0] = value
+        quantizer.after_step()
+        assert all((p > 0).all() for p in quantizer.steps())
+    for p in quantizer.steps():
+        p.data.fill_(-1)
+    quantizer.after_step()
+    assert all((p > 0).all() for p in quantizer.steps())
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_every_step_gets_a_gradient_and_the_input_too(method, spec):
+    quantizer, x = started(method, spec).train(), data(spec, 3).requires_grad_()
+    (quantizer(x) * torch.randn(x.shape, generator=torch.Generator().manual_seed(4))).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in quantizer.steps())
+    assert set(x.grad.ne(0).unique().tolist()) <= {True, False} and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_arithmetic_is_float32_under_autocast_and_the_type_comes_back(method, spec):
+    quantizer, x = started(method, spec), data(spec, 5)
+    truth = quantizer(x.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = quantizer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, truth.bfloat16())
+    assert all(p.dtype == torch.float32 for p in quantizer.steps())
+
+
+@pytest.mark.parametrize("rule", INITIALIZERS)
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_every_rule_starts_every_method_near_its_data(method, spec, rule):
+    quantizer, x = started(method, spec, rule), data(spec)
+    error = (quantizer(x) - x).square().mean() / x.square().mean()
+    # 2-bit weights that share one table over rows of very different width are the worst case.
+    assert error < {2: 0.5, 3: 0.25, 4: 0.12, 8: 0.12}[spec.bits]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_codebook_reproduces_evaluation_exactly(method):
+    spec = QuantSpec(3, True)
+    quantizer, x = started(method, spec).eval(), data(spec, 7)
+    tables = quantizer.codebook()
+    assert torch.equal(quantizer(x), codebook.decode(codebook.encode(x, tables.thresholds), tables.levels))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nulsq_cli.ops import codebook, fused
+
+steps = st.lists(st.floats(0.25, 2, width=32), min_size=1, max_size=15).map(torch.tensor)
+values = st.lists(st.floats(-4, 40, width=32), min_size=1, max_size=64).map(torch.tensor)
+
+
+def table(steps):
+    return torch.nn.functional.pad(steps.cumsum(0), (1, 0)) - 1
+
+
+@given(values, steps)
+def test_the_result_is_the_nearest_level_and_a_tie_goes_down(x, steps):
+    levels = table(steps)
+    y = codebook.quantize_to_levels(x, levels)
+    distance = (x.double()[:, None] - levels.double()).abs()
+    assert torch.isin(y, levels).all()
+    # The midpoint itself is rounded to float32, so "nearest" holds to one rounding of it.
+    assert ((y.double() - x.double()).abs() <= distance.min(1).values + 1e-5).all()
+    assert torch.equal(codebook.quantize_to_levels(codebook.midpoints(levels), levels), levels[:-1])
+
+
+@given(values, steps)
+def test_the_gradient_is_the_straight_through_one_written_with_rounding(x, steps):
+    """The same gradient by autograd through L[k-1] + gap * round(u), with d round(u) := du."""
+    x, levels = x.double(), table(steps).double()
+    leaves = x.clone().requires_grad_(), levels.clone().requires_grad_()
+    ours = torch.autograd.grad(codebook.quantize_to_levels(*leaves).sum(), leaves)
+
+    leaves = x.clone().requires_grad_(), levels.clone().requires_grad_()
+    low_end, high_end = leaves[1][0], leaves[1][-1]
+    clipped = torch.where(x < levels[0], low_end, torch.where(x > levels[-1], high_end, leaves[0]))
+    upper = torch.searchsorted(levels, clipped.detach()).clamp(1, len(levels) - 1)
+    low, gap = leaves[1][upper - 1], leaves[1][upper] - leaves[1][upper - 1]
+    u = (clipped - low) / gap
+    rounded = u + ((u > 0.5).double() - u).detach()
+    theirs = torch.autograd.grad((low + gap * rounded).sum(), leaves)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@given(values, steps)
+def test_codes_and_levels_are_inverse(x, steps):
+    levels = table(steps)
+    codes = codebook.encode(x, codebook.midpoints(levels))
+    assert torch.equal(codebook.decode(codes, levels), codebook.quantize_to_levels(x, levels))
+    assert torch.equal(codebook.encode(levels, codebook.midpoints(levels)), torch.arange(len(levels)).byte())
+
+
+def test_worked_example_of_the_unsigned_method():
+    """Levels 0, 1, 1.5, 3.5; the numbers are worked out by hand from the definition."""
+    levels = torch.tensor([0, 1, 1.5, 3.5], requires_grad=True)
+    x = torch.tensor([-0.3, 0.2, 0.6, 1.1, 1.3, 2.0, 2.6, 4.0], requires_grad=True)
+    y = codebook.quantize_to_levels(x, levels)
+    assert y.tolist() == [0, 0, 1, 1, 1.5, 1.5, 3.5, 3.5]
+    y.backward(torch.arange(1.0, 9))
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 7, 0]
+    gaps = levels.grad.flip(0).cumsum(0).flip(0)[1:]  # a gap moves all levels above it
+    torch.testing.assert_close(gaps, torch.tensor([8.8, 9.2, 9.65]))
+
+
+def test_nan_stays_nan_and_infinities_go_to_the_ends():
+    levels = torch.tensor([-1.0, 0, 2])
+    y = codebook.quantize_to_levels(torch.tensor([float("nan"), float("inf"), float("-inf")]), levels)
+    assert y[0].isnan() and y[1:].tolist() == [2, -1]
+
+
+def test_per_channel_tables_are_the_per_tensor_op_row_by_row():
+    torch.manual_seed(0)
+    x, levels = torch.randn(3, 4, 5), torch.randn(3, 4).sort(1).values
+    grad = torch.randn_like(x)
+    leaves = x.clone().requires_grad_(), levels.clone().requires_grad_()
+    codebook.quantize_to_levels(*leaves).backward(grad)
+    for c in range(3):
+        row = x[c].clone().requires_grad_(), levels[c].clone().requires_grad_()
+        codebook.quantize_to_levels(*row).backward(grad[c])
+        torch.testing.assert_close((leaves[0].grad[c], leaves[1].grad[c]), (row[0].grad, row[1].grad))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_compiled_loops_compute_the_eager_numbers(count, layout):
+    if not fused.use(True):
+        pytest.skip("nothing to compile with on this machine")
+    try:
+        torch.manual_seed(count)
+        x = (torch.randn(8, 6, 9, 9) * 3).to(memory_format=layout)
+        grad = torch.randn_like(x)
+        levels = torch.randn(count).sort().values
+        y, (to_x, to_levels) = codebook.lookup(x, levels, codebook.midpoints(levels)), fused.levels_backward(grad, x, levels)
+    finally:
+        fused.use(False)
+    assert torch.equal(y, codebook.lookup(x, levels, codebook.midpoints(levels)))
+    truth = codebook.backward_eager(grad.double(), x.double(), levels.double())
+    assert torch.equal(to_x, truth[0].float())
+    torch.testing.assert_close(to_levels.double(), truth[1], rtol=1e-5, atol=1e-6 * x.numel())

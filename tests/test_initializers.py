@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nulsq_cli import initializers
+from nulsq_cli.values import QuantSpec
+
+NORMAL = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+
+
+def error(gaps: torch.Tensor, x: torch.Tensor, spec: QuantSpec) -> float:
+    from nulsq_cli.methods.nulsq import levels_around_zero
+
+    levels = levels_around_zero(gaps, spec.negative)[0]
+    nearest = (x.double()[:, None] - levels).abs().amin(1)
+    return float(nearest.square().mean())
+
+
+@pytest.mark.parametrize(("bits", "gaps"), [
+    (2, [0.56058, 0.62757, 0.84522]), (3, [0.27386, 0.28091, 0.29637, 0.32374, 0.37118, 0.46042, 0.67439]),
+])  # fmt: skip
+def test_lloyd_finds_the_known_optimum_of_half_a_normal(bits, gaps):
+    """Computed from the closed form of the cell errors of a normal distribution."""
+    found = initializers.lloyd(initializers.measure(NORMAL.relu()), QuantSpec(bits, False))[0]
+    torch.testing.assert_close(found, torch.tensor(gaps, dtype=torch.float64), rtol=0.02, atol=0)
+
+
+def test_lloyd_finds_the_known_optimum_of_a_normal_with_a_pinned_zero():
+    found = initializers.lloyd(initializers.measure(NORMAL), QuantSpec(2, True, "weight"))[0]
+    torch.testing.assert_close(found, torch.tensor([0.95958, 0.76457, 1.22401], dtype=torch.float64), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mse_finds_the_known_best_even_step_of_a_normal(bits):
+    known = {2: 1.048385, 3: 0.601824, 4: 0.338608, 8: 0.030766}[bits]
+    found = initializers.mse(initializers.measure(NORMAL), QuantSpec(bits, True, "weight"))
+    assert abs(float(found[0, 0]) / known - 1) < 0.03
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_rule_beats_lloyd_and_no_even_rule_beats_mse(bits, signed):
+    spec = QuantSpec(bits, signed)
+    x = NORMAL[:20_000] ** 3 if signed else NORMAL[:20_000].abs().sqrt()
+    stats = initializers.measure(x)
+    errors = {name: error(rule(stats, spec), x, spec) for name, rule in initializers.INITIALIZERS.items()}
+    assert errors["lloyd"] <= errors["mse"] * 1.001
+    assert errors["mse"] <= min(errors["nmse"], errors["lsq"]) * 1.01
+
+
+def test_authors_rules_by_hand():
+    x = torch.tensor([-1.0, 0, 1, 4])
+    stats = initializers.measure(x)
+    assert initializers.lsq(stats, QuantSpec(3, True))[0, 0] == pytest.approx(2 * 1.5 / 3**0.5)
+    assert initializers.nmse(stats, QuantSpec(2, True))[0, 0] == pytest.approx(0.99568669 * x.double().std())
+    assert initializers.nmse(stats, QuantSpec(2, False))[0, 0] == pytest.approx(0.65076985 * (2 * 4.5) ** 0.5)
+
+
+@pytest.mark.parametrize("rule", initializers.INITIALIZERS.values())
+@pytest.mark.parametrize("x", [torch.zeros(50), torch.ones(50), torch.tensor([0.0, 0, 0, 5]), torch.tensor([-3.0]), torch.full((9,), 1e-12)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_degenerate_tensors_still_give_positive_finite_gaps(rule, x, signed):
+    gaps = rule(initializers.measure(x), QuantSpec(3, signed))
+    assert gaps.shape == (1, 7) and gaps.isfinite().all() and (gaps > 0).all()
+
+
+def test_binning_keeps_counts_means_and_order():
+    stats = initializers.measure(NORMAL, bins=512)
+    assert float(stats.mass.sum()) == len(NORMAL)
+    assert float((stats.mass * stats.points).sum()) == pytest.approx(float(NORMAL.double().sum()), rel=1e-9)
+    assert (stats.points.diff(dim=1) >= 0).all()
+
+
+def test_channels_are_measured_apart():
+    x = NORMAL[:3000].view(3, 1000) * torch.tensor([[1.0], [2], [3]])
+    together = initializers.lloyd(initializers.measure(x, 3), QuantSpec(3, True, "weight", "channel", 3))
+    for c in range(3):
+        alone = initializers.lloyd(initializers.measure(x[c]), QuantSpec(3, True, "weight"))
+        torch.testing.assert_close(together[c], alone[0], rtol=1e-4, atol=0)
