@@ -41,6 +41,7 @@ def mse(stats: TensorStats, spec: QuantSpec) -> Tensor:
     """The even step that minimises the squared error of the measured distribution itself."""
     reach = torch.maximum(stats.largest, -stats.least) / max(spec.positive, spec.negative)
     # A coarse geometric search, then two finer ones around its best: the error has local minima.
+    reach = reach.clamp_min(SMALLEST)
     low, high = reach / 64, reach * 1.25
     best = reach
     for points in (48, 24, 24):
@@ -58,7 +59,7 @@ def _even_error(stats: TensorStats, spec: QuantSpec, step: Tensor) -> Tensor:
     return nearest.sub_(stats.points).square_().mul_(stats.mass).sum(1)
 
 
-def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 300, tolerance: float = 1e-10) -> Tensor:
+def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 2000, tolerance: float = 1e-7) -> Tensor:
     """Levels that minimise the squared error of the measured distribution, with one pinned at 0.
 
     Lloyd-Max: thresholds between levels, then each level but the pinned one to the mean of its cell,

@@ -269,8 +269,9 @@ def _meant(loc: Key) -> str:
     else:
         if near := get_close_matches(names[-1], section.model_fields, n=1):
             return f" (did you mean {'.'.join([*names[:-1], near[0]])!r}?)"
-    every = {key[-1]: ".".join(map(str, key)) for key in _leaves(Recipe().model_dump(mode="json"))}
-    every |= {name: name for name in Recipe.model_fields}
+    every: dict[Any, str] = {name: name for name in Recipe.model_fields}
+    for key in _leaves(Recipe().model_dump(mode="json")):
+        every.setdefault(key[-1], ".".join(map(str, key)))
     near = get_close_matches(names[-1], every, n=1) if names else []
     return f" (did you mean {every[near[0]]!r}?)" if near else ""
 

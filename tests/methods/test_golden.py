@@ -58,7 +58,8 @@ def test_forward_and_gradients_are_those_of_the_authors(shared, name):
     y.backward(t["grad_output"])
     # LSQ's code passes half the gradient where x is exactly on a clip bound; after ReLU it makes no difference.
     compared = (x.detach() != 0) if not nulsq else torch.ones_like(x, dtype=torch.bool)
-    assert torch.equal(x.grad[compared], t["grad_x"][compared])
+    # Their LSQ divides by the step and multiplies again, which moves a gradient by a rounding.
+    torch.testing.assert_close(x.grad[compared], t["grad_x"][compared], rtol=0 if nulsq else 3e-7, atol=0)
     got = outward(steps.grad.flatten(), spec.negative) if nulsq else steps.grad
     torch.testing.assert_close(got * scale_of(case), t["grad_steps"], rtol=2e-5, atol=2e-5)
 
