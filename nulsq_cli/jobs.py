@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm.task
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from nulsq_cli import artifact, calibrate, recipe, session
 from nulsq_cli.convert import Plan, convert, make_plan, with_signs
 from nulsq_cli.errors import CheckFailedError, InputError, UsageError
-from nulsq_cli.files import read_json, write_json, write_text
+from nulsq_cli.files import read_json, write_atomically, write_json, write_text
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fused
 from nulsq_cli.report import entropy as entropy_report
-from nulsq_cli.training import data
+from nulsq_cli.training import data, datasets, transforms
 from nulsq_cli.training.engine import Settings, Trainer, newest
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World, join
@@ -54,7 +55,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     model = session.float_model(r)
     config = session.data_config(r, model)
     splits = session.open_splits(r, config)
-    session.check_classes(model, splits.validation)
+    datasets.check_enough_outputs(splits.train, model.num_classes)
     model.to(world.device)
     plan = make_plan(model, session.policy(r), config["input_size"])
     is_float = all(not p.quantized for p in plan.layers)
@@ -230,15 +231,17 @@ class _Logs:
 def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, splits: session.Splits, world: World,
              folder: Path, show: Any) -> Trainer:  # fmt: skip
     d, a, e = r.data, r.data.augment, r.engine
-    batches = data.batches_per_epoch(len(splits.train), d.batch_size, world.size)
-    if not batches and r.schedule.epochs:
-        raise UsageError(f"{len(splits.train)} training images do not fill one batch of {d.batch_size * world.size}",
-                         fix="lower --batch-size")  # fmt: skip
+    loader = data.train_loader(splits.train, splits.train_transform, batch_size=d.batch_size, seed=r.seed, workers=d.workers,
+                               rank=world.rank, world=world.size, pin_memory=d.pin_mem)  # fmt: skip
+    loader.set_epoch(0)
+    batches = len(loader)
     updates = -(-batches // e.grad_accum_steps)
     pair = Pair(model, r.optimizer.weights.model_dump(), r.optimizer.steps.model_dump(), r.schedule.model_dump(),
                 r.schedule.epochs, max(updates, 1))  # fmt: skip
-    mixup = data.build_mixup(mixup=a.mixup, cutmix=a.cutmix, prob=a.mixup_prob, switch_prob=a.mixup_switch_prob,
-                             mode=a.mixup_mode, smoothing=a.smoothing, num_classes=model.num_classes)  # fmt: skip
+    mixup = transforms.build_mixup(
+        model.num_classes, mixup=a.mixup, cutmix=a.cutmix, mixup_prob=a.mixup_prob, mixup_mode=a.mixup_mode,
+        mixup_switch_prob=a.mixup_switch_prob, smoothing=a.smoothing, batch_size=d.batch_size,
+    )  # fmt: skip
     if mixup is not None:
         criterion: nn.Module = SoftTargetCrossEntropy()
     else:
@@ -255,10 +258,8 @@ def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, spli
         task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)
 
     def batches_of(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(data.train_loader(
-            splits.train, splits.train_transform, batch_size=d.batch_size, seed=r.seed, epoch=epoch, first_batch=first,
-            workers=d.workers, pin_mem=d.pin_mem, rank=world.rank, world=world.size,
-        ))  # fmt: skip
+        loader.set_epoch(epoch, first * d.batch_size * world.size)
+        return iter(loader)
 
     settings = Settings(
         epochs=r.schedule.epochs, seed=r.seed, grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
@@ -303,7 +304,12 @@ def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Sp
     if not world.primary:
         world.leave()
         return result
-    if r.export and export_after and any(p.quantized for p in plan.layers):
+    if r.export and export_after and not any(p.quantized for p in plan.layers):
+        weights = folder / "export" / "float.safetensors"
+        content = safetensors.torch.save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})
+        write_atomically(weights, lambda temporary: temporary.write_bytes(content))
+        show.say(f"  float weights, for --initial-checkpoint: {weights}")
+    elif r.export and export_after:
         written = export(folder, folder / "export" / "model.safetensors", show=show, model=model)
         result["artifact"] = written["path"]
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -357,8 +363,8 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, sho
     model.to(world.device)
     config = config or session.data_config(used, model)
     split = session.open_split(used, used.data.val_split, config["input_size"][0])
-    session.check_classes(model, split)
-    _, transform = data.build_transforms({**config, "input_size": tuple(config["input_size"])})
+    datasets.check_enough_outputs(split, model.num_classes)
+    _, transform = transforms.build_transforms(config)
     score = session.score(model, split, transform, world, used)
     show.score(target, score.top1, score.top5, score.samples)
     return {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss,
@@ -376,10 +382,9 @@ def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | Non
         raise UsageError("is a float run, there is nothing to pack", where=folder, fix="fine-tune with --bits 3/3")
     model = (model or run.model()).cpu().eval()
     info = read_json(folder / "model.json")
-    config = {**info["data_cfg"], "input_size": tuple(info["data_cfg"]["input_size"])}
+    config = info["data_cfg"]
     images = _some_images(run.recipe, config)
     counts = entropy_report.count_activations(model, images)
-    best = read_json(folder / "result.json")["best"] if (folder / "result.json").exists() else None
     meta = {
         "producer": f"nulsq {__version__}", "arch": info["architecture"], "arch_name": info["name"],
         "arch_kwargs": {k: v for k, v in info["arguments"].items() if k != "num_classes"},
@@ -387,7 +392,6 @@ def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | Non
         "bits": str(run.recipe.quant.bits), "method": run.recipe.quant.method, "counts": counts,
         "recipe": run.recipe.to_yaml(),
     }  # fmt: skip
-    del best
     path = path or folder / "export" / "model.safetensors"
     sizes = artifact.save(path, model, meta)
     fresh, _ = artifact.load(path)
@@ -414,7 +418,7 @@ def _some_images(r: recipe.Recipe, config: dict[str, Any]) -> list[Tensor]:
     except (InputError, UsageError):
         noise = torch.Generator().manual_seed(0)
         return [torch.randn(64, *config["input_size"], generator=noise)]
-    _, transform = data.build_transforms(config)
+    _, transform = transforms.build_transforms(config)
     start, _ = session.chunks(dataset, transform, 256, World(0, 1, torch.device("cpu")), r)
     return [images for _, images in start()]
 

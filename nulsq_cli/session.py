@@ -17,7 +17,7 @@ from nulsq_cli.convert import Plan, Policy, Rule, convert
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import read_json
 from nulsq_cli.models import create_float_model, float_info
-from nulsq_cli.training import checkpoint, data
+from nulsq_cli.training import checkpoint, data, datasets, transforms
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
@@ -38,7 +38,7 @@ def float_model(r: recipe.Recipe) -> nn.Module:
 def data_config(r: recipe.Recipe, model: nn.Module) -> dict[str, Any]:
     """Size, mean, std, crop and interpolation: the recipe's, else the model's own."""
     d = r.data
-    return data.resolve_data(
+    return transforms.resolve_data(
         model, input_size=d.input_size, mean=d.mean, std=d.std, interpolation=d.interpolation,
         crop_pct=d.crop_pct, crop_mode=d.crop_mode,
     )  # fmt: skip
@@ -66,8 +66,8 @@ class Splits:
 def open_split(r: recipe.Recipe, split: str, in_chans: int) -> Dataset:
     """One split of the recipe's dataset."""
     d = r.data
-    return data.open_dataset(d.dataset, d.data_dir, split, download=d.download, class_map=d.class_map,
-                             input_img_mode="L" if in_chans == 1 else "RGB")  # fmt: skip
+    return datasets.open_dataset(d.dataset, d.data_dir, split, download=d.download, class_map=d.class_map,
+                                 input_img_mode=transforms.image_mode(in_chans))  # fmt: skip
 
 
 def open_splits(r: recipe.Recipe, config: dict[str, Any]) -> Splits:
@@ -76,26 +76,13 @@ def open_splits(r: recipe.Recipe, config: dict[str, Any]) -> Splits:
     channels = config["input_size"][0]
     train = open_split(r, d.train_split, channels)
     validation = open_split(r, d.val_split, channels)
-    data.check_same_classes(train, validation)
+    datasets.check_same_classes(train, validation)
     held = None
     if d.hold_out:
         train, held = data.hold_out(train, d.hold_out, r.seed)
     augment = a.model_dump(exclude={"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
                                     "mixup_off_epoch", "smoothing"})  # fmt: skip
-    transforms = data.build_transforms(config, **augment)
-    return Splits(train, validation, held, *transforms)
-
-
-def check_classes(model: nn.Module, dataset: Dataset) -> None:
-    """Refuse data with more classes than the model has outputs.
-
-    Raises:
-        InputError: both numbers are named.
-    """
-    found = data.class_count(dataset)
-    if found is not None and found != model.num_classes:
-        raise InputError(f"the data have {found} classes, the model has {model.num_classes} outputs",
-                         fix=f"give the class count with --num-classes {found}, and weights that fit it")  # fmt: skip
+    return Splits(train, validation, held, *transforms.build_transforms(config, **augment))
 
 
 def score(model: nn.Module, dataset: Dataset, transform: Any, world: World, r: recipe.Recipe) -> Score:

@@ -41,7 +41,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--pin-mem", "data.pin_mem", bool, "Pin memory in the loader."),
     ("--hflip", "data.augment.hflip", float, "Chance of a horizontal flip."),
     ("--color-jitter", "data.augment.color_jitter", float, "Strength of colour jitter."),
-    ("--aa", "data.augment.auto_augment", str, "timm's AutoAugment policy."),
+    ("--aa", "data.augment.aa", str, "timm's AutoAugment policy."),
     ("--reprob", "data.augment.reprob", float, "Chance of random erasing."),
     ("--mixup", "data.augment.mixup", float, "Mixup alpha."),
     ("--cutmix", "data.augment.cutmix", float, "CutMix alpha."),

@@ -5,7 +5,7 @@ Two families, each with the parameter names that its public checkpoints use:
 * `resnet8/20/32/44/56_cifar`: He et al. 2016 (arXiv:1512.03385, section 4.2) with parameter-free shortcuts
   ("option A"); names `conv1, bn1, layer1.0.conv1, ..., linear`.
 * `preresnet20/56_cifar`: pre-activation (He et al. 2016, arXiv:1603.05027) with 1x1 convolutions where the
-  shape changes; names `features.init_block, features.stage1.unit1.body.conv1.bn, ..., output`, as in pytorchcv.
+  shape changes; names `features.init_block, features.stage1.unit1.body.conv1.bn, ..., output` (pytorchcv's).
 
 No weights are registered here, so no licence is stated: it belongs to the checkpoint that is loaded.
 """

@@ -1,4 +1,4 @@
-"""Float models by name: timm's, ours, from a hub or folder, with weights or without; mistakes as sentences."""
+"""Float models by name: timm's, ours, from a hub or folder, with weights or without; errors as sentences."""
 
 from __future__ import annotations
 

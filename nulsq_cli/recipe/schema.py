@@ -92,18 +92,18 @@ class Teacher(Section):
 
 
 class Augment(Section):
-    """What training images go through; timm's names and defaults. `crop_pad` pads and crops instead of resizing."""
+    """What training images go through; timm's names. `crop_pad` pads and crops instead of resizing."""
 
     scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.08, 1.0]
     ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.75, 1.3333]
     hflip: Share = 0.5
     vflip: Share = 0.0
-    color_jitter: Rate | None = 0.4
-    auto_augment: str | None = None
+    color_jitter: Rate | None = None
+    aa: str | None = None
     reprob: Share = 0.0
     remode: str = "pixel"
     recount: Count = 1
-    train_interpolation: str = "random"
+    train_interpolation: str | None = None
     crop_pad: Annotated[int, Field(ge=0)] | None = None
     no_aug: bool = False
     mixup: Rate = 0.0

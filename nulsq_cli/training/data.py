@@ -1,211 +1,280 @@
-"""Batches whose order is a function of (seed, epoch), and whose augmentation is one of (seed, epoch, image)."""
+"""Samples in a known order: augmentation, shuffling and sharding as pure functions of a seed, and the loaders.
+
+What a run draws depends on (seed, epoch, index) only, never on the number of workers or on what was drawn before:
+so a run that was killed can go on in the middle of an epoch with the same images, crops and flips.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import random
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import timm.data
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms as T
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    default_collate,
+    get_worker_info,
+)
 
-from nulsq_cli.errors import InputError
-from nulsq_cli.training.datasets import check_same_classes, class_count, hold_out, name_of, open_dataset
-
-Transform = Callable[[Any], Tensor]
-
-
-def resolve_data(model: nn.Module, **given: Any) -> dict[str, Any]:
-    """Size, mean, std, interpolation and crop: what is given, else what the model was made for.
-
-    Args:
-        model: its `pretrained_cfg` is asked.
-        given: input_size, mean, std, interpolation, crop_pct, crop_mode; None leaves it to the model.
-    """
-    arguments = {key: value for key, value in given.items() if value is not None}
-    for key in ("mean", "std", "input_size"):
-        if key in arguments:
-            arguments[key] = tuple(arguments[key])
-    config = timm.data.resolve_data_config(arguments, model=model, use_test_size=False)
-    channels = config["input_size"][0]
-    for key in ("mean", "std"):
-        if len(config[key]) != channels:
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
-    return config
-
-
-def build_transforms(config: dict[str, Any], *, crop_pad: int | None = None, no_aug: bool = False,
-                     train_interpolation: str = "random", **augment: Any) -> tuple[Transform, Transform]:  # fmt: skip
-    """The transforms of training and of evaluation.
-
-    Args:
-        config: from `resolve_data`.
-        crop_pad: pad by this many pixels and crop at random, as is usual for small images,
-            instead of cropping a random part and resizing it.
-        no_aug: train on what is evaluated on.
-        train_interpolation, augment: timm's names: scale, ratio, hflip, vflip, color_jitter, auto_augment,
-            reprob, remode, recount.
-    """
-    size = config["input_size"]
-    shape = {"input_size": size, "mean": config["mean"], "std": config["std"]}
-    evaluation: Transform = timm.data.create_transform(
-        **shape, is_training=False, interpolation=config["interpolation"], crop_pct=config["crop_pct"],
-        crop_mode=config.get("crop_mode"),
-    )  # fmt: skip
-    if min(size[1:]) <= 64 and config["crop_pct"] == 1.0:
-        evaluation = T.Compose([_ResizeIfNeeded(size[1:]), T.ToTensor(), T.Normalize(config["mean"], config["std"])])
-    if no_aug:
-        return evaluation, evaluation
-    if crop_pad is not None:
-        steps: list[Any] = [_ResizeIfNeeded(size[1:]), T.RandomCrop(tuple(size[1:]), padding=crop_pad)]
-        if augment.get("hflip"):
-            steps.append(T.RandomHorizontalFlip(augment["hflip"]))
-        return T.Compose([*steps, T.ToTensor(), T.Normalize(config["mean"], config["std"])]), evaluation
-    named = {"reprob": "re_prob", "remode": "re_mode", "recount": "re_count"}
-    training = timm.data.create_transform(
-        **shape, is_training=True, interpolation=train_interpolation,
-        **{named.get(key, key): value for key, value in augment.items()},
-    )  # fmt: skip
-    return training, evaluation
-
-
-class _ResizeIfNeeded:
-    """Leave an image alone that already has the size: resizing to the same size costs time for nothing."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = tuple(size)
-        self.resize = T.Resize(self.size)
-
-    def __call__(self, image: Any) -> Any:
-        return image if (image.height, image.width) == self.size else self.resize(image)
-
+from nulsq_cli.errors import InputError, NulsqError, UsageError
+from nulsq_cli.training.transforms import Transform
 
 class Samples(Dataset):
-    """Transformed images; key (epoch, index) fixes all randomness, key index is evaluation.
+    """Images of a dataset as the model wants them.
 
     Args:
-        dataset: (PIL image, class) pairs.
-        transform: what each image goes through.
-        seed: of the augmentation.
+        dataset: gives (PIL image, int) by index.
+        transform: from `build_transforms`.
+        seed: makes what the transform draws a pure function of (seed, epoch, index); None: it draws nothing.
     """
 
-    def __init__(self, dataset: Dataset, transform: Transform, seed: int = 0) -> None:
+    def __init__(self, dataset: Dataset, transform: Transform, seed: int | None = None) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        """(C, H, W) float32, normalised, and the class.
+    def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
+        """Sample `index` as `epoch` draws it: a (C, H, W) float tensor and its class.
 
         Raises:
-            InputError: the image cannot be read; it is named.
+            InputError: the image cannot be read; its file is named.
         """
-        epoch, index = key if isinstance(key, tuple) else (None, key)
+        with generators_kept():
+            return self._draw(key)
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]] | Failure:
+        """Many at once, for a loader: the caller's generators are put aside once, not once per image."""
         try:
-            image, target = self.dataset[index]
-        except InputError:
-            raise
-        except Exception as reason:  # Pillow and dataset readers raise many types
-            raise InputError(f"the image cannot be read: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}",
-                             where=name_of(self.dataset, index), fix="replace or remove it") from reason  # fmt: skip
-        if epoch is None:
-            return self.transform(image), int(target)
-        # Only the generators that transforms use; the caller's state is put back, for in a
-        # loader without workers it is the training's own.
-        kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        mixed = hash((self.seed, epoch, index)) & 0xFFFFFFFF
-        torch.manual_seed(mixed)
-        random.seed(mixed)
-        np.random.seed(mixed)
-        try:
-            return self.transform(image), int(target)
-        finally:
-            torch.set_rng_state(kept[0])
-            random.setstate(kept[1])
-            np.random.set_state(kept[2])
+            with generators_kept():
+                return [self._draw(key) for key in keys]
+        except NulsqError as error:
+            return Failure(error)
+
+    def _draw(self, key: Key | int) -> tuple[Tensor, int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, label = self.dataset[index]
+        if self.seed is not None:
+            reseed(self.seed, epoch, index)
+        return self.transform(image), label
 
 
-class EpochSampler(Sampler):
-    """The order of an epoch from some batch on, for one of some processes.
+class Stream(IterableDataset):
+    """Images of a dataset that has no index (webdataset, TFDS, a streamed hub dataset), as the model wants them.
 
-    With `world` processes of batch size b, step k together sees the samples that one process of
-    batch size `world * b` would see. Samples that do not fill a last batch are left out.
+    Such a dataset shuffles and shards by itself, so its order is only as reproducible as its reader is.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, first_batch: int = 0, rank: int = 0,
-                 world: int = 1) -> None:  # fmt: skip
-        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, epoch
-        self.first_batch, self.rank, self.world = first_batch, rank, world
+    def __init__(
+        self, dataset: IterableDataset, transform: Transform, seed: int | None = None, rank: int = 0
+    ):
+        self.dataset, self.transform, self.seed, self.rank, self.epoch = dataset, transform, seed, rank, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = getattr(get_worker_info(), "id", 0)
+        for position, (image, label) in enumerate(self.dataset):
+            if self.seed is None:
+                yield self.transform(image), int(label)
+            else:
+                with seeded(self.seed, self.epoch, self.rank, worker, position):
+                    sample = self.transform(image)
+                yield sample, int(label)
+
+
+class Loader(DataLoader):
+    """A DataLoader that can be set to an epoch and a position, and whose errors are the project's own."""
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next iteration draws this epoch, without the first `start` samples (counted over all processes)."""
+        self.skip = 0
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.set_epoch(epoch, start)
+        elif isinstance(self.dataset, Stream):
+            self.dataset.epoch = epoch
+            if hasattr(self.dataset.dataset, "set_epoch"):
+                self.dataset.dataset.set_epoch(epoch)
+            # a stream cannot start in the middle: what was consumed is read again and dropped
+            self.skip = start // (self.batch_size * self.world)
+
+    skip = 0
+    world = 1
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in islice(super().__iter__(), self.skip, None):
+            if isinstance(batch, Failure):
+                raise batch.error
+            yield batch
+
+
+def train_loader(
+    dataset: Dataset,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> Loader:
+    """Shuffled, augmented full batches of (images, targets); call `set_epoch` before each iteration.
+
+    Args:
+        batch_size: per process; every step has `batch_size * world` samples, a rest is dropped.
+
+    Returns:
+        A loader whose length is the number of steps of the epoch that are left.
+
+    Raises:
+        InputError: the dataset does not fill one step.
+    """
+    if isinstance(dataset, IterableDataset):
+        return _stream_loader(
+            dataset, Stream(dataset, transform, seed, rank), batch_size, workers, world, True
+        )
+    size = len(dataset)  # type: ignore[arg-type]
+    if size < batch_size * world:
+        many = f" on {world} processes" if world > 1 else ""
+        raise InputError(
+            f"{size} training images do not fill one batch of {batch_size}{many}", fix="lower -b"
+        )
+    sampler = EpochSampler(size, batch_size=batch_size, seed=seed, rank=rank, world=world)
+    return _loader(
+        Samples(dataset, transform, seed), workers, pin_memory, batch_size=batch_size, sampler=sampler
+    )
+
+
+def eval_loader(
+    dataset: Dataset,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> Loader:
+    """Every sample exactly once over all processes, in the dataset's order, nothing padded or dropped."""
+    if isinstance(dataset, IterableDataset):
+        return _stream_loader(dataset, Stream(dataset, transform), batch_size, workers, world, False)
+    share = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    return _loader(Samples(dataset, transform), workers, pin_memory, batch_size=batch_size, sampler=share)
+
+
+def fixed_chunks_loader(
+    dataset: Dataset,
+    samples: int,
+    chunk: int,
+    seed: int,
+    transform: Transform,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> FixedChunks:
+    """A fixed part of a dataset in fixed chunks, for statistics that must not depend on batch size or processes.
+
+    Args:
+        samples: how many images; all of them if there are fewer.
+        chunk: images per chunk; the last may be smaller.
+        seed: chooses the images, spread evenly over the dataset, and mixes them.
+        transform: the evaluation transform.
+
+    Returns:
+        An iterable of (chunk number, (n, C, H, W) images): every process has its own chunks, each exists once.
+    """
+    if samples < 1 or chunk < 1:
+        raise UsageError(f"samples and chunk must be at least 1, got {samples} and {chunk}")
+    if isinstance(dataset, IterableDataset):
+        count = -(-samples // chunk)
+        loader = _stream_loader(dataset, Stream(dataset, transform), chunk, workers, world, False)
+        return FixedChunks(loader, range(rank, count, world))
+    chosen = spread(len(dataset), samples, seed)  # type: ignore[arg-type]
+    chunks = [chosen[start : start + chunk] for start in range(0, len(chosen), chunk)]
+    numbers = range(rank, len(chunks), world)
+    mine = [chunks[number] for number in numbers]
+    return FixedChunks(_loader(Samples(dataset, transform), workers, False, batch_sampler=mine), numbers)
+
+
+@dataclass(frozen=True)
+class FixedChunks:
+    """Chunks of images with their numbers; can be gone through again and again."""
+
+    loader: Loader
+    numbers: range
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for number, (images, _) in zip(self.numbers, self.loader, strict=False):
+            yield number, images
 
     def __len__(self) -> int:
-        return (batches_per_epoch(self.length, self.batch_size, self.world) - self.first_batch) * self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(int(mixed))).tolist()
-        together = self.batch_size * self.world
-        for batch in range(self.first_batch, batches_per_epoch(self.length, self.batch_size, self.world)):
-            mine = order[batch * together : (batch + 1) * together][self.rank :: self.world]
-            yield from ((self.epoch, index) for index in mine)
+        return len(self.numbers)
 
 
-def batches_per_epoch(length: int, batch_size: int, world: int = 1) -> int:
-    """How many full batches each process gets."""
-    return length // (batch_size * world)
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Split off a part that is not trained on: (rest, part), a pure function of the seed and the size.
 
-
-def train_loader(dataset: Dataset, transform: Transform, *, batch_size: int, seed: int, epoch: int, first_batch: int = 0,
-                 workers: int = 0, pin_mem: bool = False, rank: int = 0, world: int = 1) -> DataLoader:  # fmt: skip
-    """Shuffled, augmented batches of one epoch, from `first_batch` on; skipped ones are not decoded."""
-    sampler = EpochSampler(len(dataset), batch_size, seed, epoch, first_batch, rank, world)  # type: ignore[arg-type]
-    return _loader(Samples(dataset, transform, seed), sampler, batch_size, workers, pin_mem)
-
-
-def eval_loader(dataset: Dataset, transform: Transform, *, batch_size: int, workers: int = 0, rank: int = 0,
-                world: int = 1) -> DataLoader:  # fmt: skip
-    """Every sample of a split exactly once over all processes, in order."""
-    own = range(rank, len(dataset), world)  # type: ignore[arg-type]
-    return _loader(Samples(dataset, transform), own, batch_size, min(workers, -(-len(own) // batch_size)), False)
-
-
-def _loader(samples: Samples, sampler: Any, batch_size: int, workers: int, pin_mem: bool) -> DataLoader:
-    # Iterating a loader draws a seed for its workers; a generator of its own leaves the global one alone.
-    return DataLoader(samples, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_mem,
-                      generator=torch.Generator().manual_seed(0), worker_init_fn=_one_thread)  # fmt: skip
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-def fixed_chunks_loader(dataset: Dataset, samples: int, chunk: int, seed: int, transform: Transform, *, rank: int = 0,
-                        world: int = 1) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """Some images without augmentation, in chunks that depend on nothing but these arguments.
-
-    Yields:
-        (number of the chunk, (n, C, H, W)) for every `world`-th chunk from `rank` on.
+    Raises:
+        UsageError: the fraction leaves one of the two empty, or the dataset is a stream.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples].tolist()  # type: ignore[arg-type]
-    source = Samples(dataset, transform)
-    for number in range(rank, -(-len(order) // chunk), world):
-        yield number, torch.stack([source[i][0] for i in order[number * chunk : (number + 1) * chunk]])
+    if isinstance(dataset, IterableDataset):
+        raise UsageError("a streamed dataset cannot be split", fix="name another split for validation")
+    size = len(dataset)  # type: ignore[arg-type]
+    part = round(size * fraction)
+    if not 0 < part < size:
+        raise UsageError(
+            f"cannot hold out {fraction} of {size} images", fix="give a fraction between 0 and 1"
+        )
+    order = permutation(size, seed, size).tolist()
+    return Subset(dataset, sorted(order[part:])), Subset(dataset, sorted(order[:part]))
 
 
-def build_mixup(*, mixup: float, cutmix: float, prob: float, switch_prob: float, mode: str, smoothing: float,
-                num_classes: int) -> timm.data.Mixup | None:  # fmt: skip
-    """timm's mixup and cutmix, or None when neither is wanted."""
-    if not mixup and not cutmix:
-        return None
-    return timm.data.Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, prob=prob, switch_prob=switch_prob, mode=mode,
-                           label_smoothing=smoothing, num_classes=num_classes)  # fmt: skip
+@dataclass(frozen=True)
+class Failure:
+    """An expected error on its way out of a worker; torch would wrap it into a traceback."""
+
+    error: NulsqError
 
 
-__all__ = [
-    "EpochSampler", "Samples", "batches_per_epoch", "build_mixup", "build_transforms", "check_same_classes",
-    "class_count", "eval_loader", "fixed_chunks_loader", "hold_out", "open_dataset", "resolve_data", "train_loader",
-]  # fmt: skip
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, **how: Any) -> Loader:
+    return Loader(
+        dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate, worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # otherwise every iteration would draw from the caller's generator
+        persistent_workers=workers > 0 and not isinstance(dataset, IterableDataset),
+        multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
+        **how,
+    )  # fmt: skip
+
+
+def _stream_loader(
+    dataset: IterableDataset, stream: Stream, batch_size: int, workers: int, world: int, drop_last: bool
+) -> Loader:
+    if hasattr(dataset, "set_loader_cfg"):
+        dataset.set_loader_cfg(num_workers=workers)
+    loader = _loader(stream, workers, False, batch_size=batch_size, drop_last=drop_last)
+    loader.world = world
+    return loader
+
+
+def _collate(items: Any) -> Any:
+    return items if isinstance(items, Failure) else default_collate(items)
+
+
+def _start_worker(_: int) -> None:
+    # an interrupt is the main process's business: it finishes its step, saves, and stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+

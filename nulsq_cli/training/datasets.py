@@ -1,164 +1,260 @@
-"""Image datasets by timm's strings, and the digits inside this package; every mistake named before training starts."""
+"""Datasets by timm's names, opened with every check first; all give (PIL image, int) and nothing is skipped."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm.data
-import torch
 from PIL import Image
+from timm.data import create_dataset
+from timm.data.readers import get_img_extensions
 from torch.utils.data import Dataset, Subset
 
-from nulsq_cli.errors import InputError, UsageError
+from nulsq_cli.errors import InputError, NulsqError, UsageError, suggest
 
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "val", "valid", "eval", "evaluation")
+TORCHVISION = (
+    "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365", "inaturalist",
+    "image_folder",
+)  # fmt: skip
+"""What may follow `torch/`, as in timm."""
+PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
+"""The prefixes that need a package which this project does not bring."""
 DIGITS = "nulsq/digits"
-DIGITS_TRAIN = 1437
-"""The copy is ordered by writer, so the last fifth shows mostly hands that the rest does not."""
-
-IMAGES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"}
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "eval", "evaluation"),
-}  # fmt: skip
 
 
-class Digits(Dataset):
-    """The 1797 handwritten digits that scikit-learn distributes, 8x8 grey, ten classes.
-
-    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
-    Repository, 1998 (CC BY 4.0); `assets/digits.npz` keeps the same note.
+def open_dataset(
+    name: str,
+    data_dir: str | Path | None,
+    split: str,
+    *,
+    download: bool = False,
+    class_map: str = "",
+    input_img_mode: str = "RGB",
+) -> Dataset:
+    """Open a split of a dataset.
 
     Args:
-        split: train (the first 1437) or validation (the last 360).
-    """
+        name: "" for a folder with one sub-folder per split and class (or one .tar per split); `torch/cifar10` ...;
+            `hfds/org/name`; the streams `hfids/`, `wds/`, `tfds/`; `nulsq/digits`, which is part of this package.
+        data_dir: the folder, or where downloads are kept.
+        split: for folders also a synonym (train, training; val, validation ...); "." for `data_dir` itself.
+        download: fetch a torchvision or TFDS dataset that is not there.
+        class_map: a text file with one class name per line, in the order of the model's outputs.
+        input_img_mode: PIL mode of the images: "RGB" or "L".
 
-    def __init__(self, split: str) -> None:
-        with np.load(str(files("nulsq_cli").joinpath("assets/digits.npz"))) as content:
-            images, labels = content["images"], content["labels"]
-        if split in SPLITS["train"]:
-            part = slice(0, DIGITS_TRAIN)
-        elif split in (*SPLITS["validation"], "test"):
-            part = slice(DIGITS_TRAIN, None)
-        else:
-            raise InputError(f"the digits have no split {split!r}", fix="use train or validation")
-        scale = 255 // int(images.max()) if int(images.max()) <= 16 else 1
-        self.images, self.labels = images[part] * np.uint8(scale), labels[part]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-def open_dataset(name: str, data_dir: str | None, split: str, *, download: bool = False, class_map: str = "",
-                 input_img_mode: str = "RGB") -> Dataset:  # fmt: skip
-    """A split as (PIL image, class number) pairs, not transformed.
-
-    Args:
-        name: empty for a folder of class folders; else timm's string (`torch/cifar10`, `hfds/...`,
-            `wds/...`) or `nulsq/digits`.
-        data_dir: where the data are, or shall be downloaded to.
-        split: name of the split; for a folder, the folder of that name inside `data_dir`.
-        download: let the dataset download itself.
-        class_map: file that maps class names to numbers.
-        input_img_mode: what images are converted to, `RGB` or `L`.
+    Returns:
+        A dataset of (PIL image, int); the streams are iterable datasets.
 
     Raises:
-        InputError: no data where data are needed, an empty or half-missing folder, a failed download.
-        UsageError: no such dataset.
+        UsageError: no such dataset or split name.
+        InputError: data, package or network that is missing, or a folder that is not laid out as it must be.
     """
+    prefix, slash, rest = name.partition("/")
+    prefix = prefix.lower() if slash else ""
     if name.lower() == DIGITS:
-        return Digits(split)
-    if not data_dir and not name.startswith(("hfds/", "hfids/", "tfds/", "wds/")):
-        raise InputError("no data: this recipe needs images", fix="name their folder with --data-dir, or a set with --dataset")
-    if not name:
-        _check_folder(Path(str(data_dir)), split)
-    if name.startswith("torch/") and not download and not Path(str(data_dir)).is_dir():
-        raise InputError("no such data folder", where=data_dir, fix="add --dataset-download, or name another --data-dir")
-    try:
-        return timm.data.create_dataset(
-            name, root=data_dir, split=split, is_training=False, class_map=class_map, download=download,
-            input_img_mode=input_img_mode,
-        )  # fmt: skip
-    except AssertionError as reason:
-        raise UsageError(f"timm knows no dataset {name!r}: {str(reason) or 'unknown name'}",
-                         fix="use torch/cifar10, hfds/ORG/NAME, wds/NAME, or leave it empty for a folder") from reason  # fmt: skip
-    except (OSError, RuntimeError, ValueError, ImportError, ConnectionError) as reason:
-        raise InputError(f"the dataset {name or 'folder'!r} cannot be opened: {str(reason).strip().splitlines()[0]}",
-                         where=data_dir, fix="check --dataset, --data-dir and the split names") from reason  # fmt: skip
+        return Digits(split, input_img_mode)
+    if not name or name.lower() == "folder":
+        return _open_folder(data_dir, split, class_map, input_img_mode)
+    if prefix == "torch":
+        return _open_torchvision(rest.lower(), data_dir, split, download, input_img_mode)
+    if prefix in PACKAGES and rest:
+        return _open_hub(name, prefix, data_dir, split, download, class_map, input_img_mode)
+    known = [DIGITS, *(f"torch/{known}" for known in TORCHVISION)]
+    raise UsageError(
+        f"no dataset called {name!r}", fix=f"{suggest(name, known)}, hfds/..., wds/..., or a folder"
+    )
 
 
-def _check_folder(root: Path, split: str) -> None:
-    if not root.is_dir():
-        raise InputError("no such data folder", where=root, fix="name an existing one with --data-dir")
-    names = next((group for group in SPLITS.values() if split in group), (split,))
-    folder = next((root / n for n in (split, *names) if (root / n).is_dir()), None)
-    if folder is None:
-        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:8]) or "no folders"
-        raise InputError(f"has no split {split!r}, but {there}", where=root,
-                         fix="name the splits with --train-split and --val-split")  # fmt: skip
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
-    if not classes:
-        raise InputError("holds no class folders", where=folder, fix="put the images of each class in a folder of its own")
-    for folder in classes:
-        if not any(p.suffix.lower() in IMAGES for p in folder.rglob("*")):
-            raise InputError("holds no images", where=folder, fix="remove the folder, or put images in it")
-
-
-def classes_of(dataset: Dataset) -> dict[str, int] | None:
-    """Class name to number, where the dataset knows."""
-    if isinstance(dataset, Subset):
-        return classes_of(dataset.dataset)
-    if isinstance(dataset, Digits):
-        return {str(digit): digit for digit in range(10)}
-    for owner in (getattr(dataset, "reader", None), dataset):
-        found = getattr(owner, "class_to_idx", None)
-        if isinstance(found, dict) and found:
-            return found
+def class_names(dataset: Dataset) -> list[str] | None:
+    """The classes in the order of their numbers, or None if the dataset does not name them."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    for holder in (dataset, getattr(dataset, "source", None), getattr(dataset, "reader", None)):
+        for attribute in ("class_to_idx", "class_name_to_idx"):
+            table = getattr(holder, attribute, None) or getattr(
+                getattr(holder, "reader", None), attribute, None
+            )
+            if isinstance(table, dict) and table:
+                return [str(name) for name in sorted(table, key=table.__getitem__)]
+        names = getattr(holder, "classes", None)
+        if names:
+            return [each if isinstance(each, str) else str(each[0]) for each in names]
     return None
 
 
-def class_count(dataset: Dataset) -> int | None:
-    """How many classes a dataset has, where it knows."""
-    found = classes_of(dataset)
-    return None if found is None else len(set(found.values()))
-
-
-def check_same_classes(train: Dataset, validation: Dataset) -> None:
-    """Refuse splits whose classes differ: their numbers would mean different things.
+def check_same_classes(train: Dataset, val: Dataset) -> None:
+    """Refuse two splits that number their classes differently.
 
     Raises:
-        InputError: the classes that one of them lacks.
+        InputError: a class exists in one split only; every later one would get another number there.
     """
-    one, two = classes_of(train), classes_of(validation)
-    if one is not None and two is not None and one != two:
-        lacking = sorted(set(one) ^ set(two))
-        raise InputError(f"training and validation split have different classes: {', '.join(map(str, lacking[:6]))}",
-                         fix="complete the folders, or give a --class-map")  # fmt: skip
+    left, right = class_names(train), class_names(val)
+    if left is None or right is None or left == right:
+        return
+    only = {
+        "training": [n for n in left if n not in right],
+        "validation": [n for n in right if n not in left],
+    }
+    parts = [f"only in {split}: {_some(names)}" for split, names in only.items() if names]
+    raise InputError(
+        f"the classes of training and validation differ ({'; '.join(parts) or 'in their order'})",
+        fix="complete the folders, or fix the numbering with a class map (--class-map)",
+    )
 
 
-def name_of(dataset: Dataset, index: int) -> str:
-    """Where sample `index` comes from, for an error message."""
-    if isinstance(dataset, Subset):
-        return name_of(dataset.dataset, dataset.indices[index])
-    reader: Any = getattr(dataset, "reader", None)
-    if reader is not None and hasattr(reader, "filename"):
-        return str(reader.filename(index, absolute=True))
-    return f"image {index}"
-
-
-def hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
-    """Split a dataset into (the rest, a share of it); a pure function of the seed and the length.
+def check_enough_outputs(dataset: Dataset, num_classes: int) -> None:
+    """Refuse a dataset that has classes for which the model has no output.
 
     Raises:
-        UsageError: the share holds no image.
+        InputError: with both numbers.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[arg-type]
-    count = round(share * len(order))
-    if not count:
-        raise UsageError(f"a share of {share:g} of {len(order)} images holds none", fix="raise data.hold_out")
-    return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))
+    names = class_names(dataset)
+    if names is not None and len(names) > num_classes:
+        raise InputError(
+            f"the dataset has {len(names)} classes, the model {num_classes} outputs",
+            fix=f"give --num-classes {len(names)}, or another dataset",
+        )
+
+
+def _open_folder(data_dir: str | Path | None, split: str, class_map: str, mode: str) -> Pictures:
+    root = _split_folder(_data_dir(data_dir, "a folder of images"), split)
+    if class_map and not any(Path(place).is_file() for place in (class_map, root / class_map)):
+        raise InputError("no such class map", where=class_map, fix="give a text file with one class per line")
+    source = _create(root, "no images could be found", name="", root=str(root), search_split=False,
+                     class_map=class_map or None, split=split)  # fmt: skip
+    pictures = Pictures(source, mode)
+    if not class_map and root.is_dir():
+        _check_class_folders(root, class_names(pictures) or [])
+    return pictures
+
+
+def _data_dir(data_dir: str | Path | None, what: str) -> Path:
+    if data_dir is None or not str(data_dir):
+        raise InputError(f"{what} needs --data-dir", fix="--data-dir FOLDER")
+    root = Path(data_dir).expanduser()
+    if not root.exists():
+        raise InputError("no such folder", where=root, fix="check --data-dir")
+    if root.is_dir() and not any(root.iterdir()):
+        raise InputError("the folder is empty", where=root, fix="check --data-dir")
+    return root
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder or .tar of a split. timm falls back to `root`, so that training data may be evaluated on: not here."""
+    if split in ("", "."):
+        return root
+    if root.is_file():
+        raise InputError(
+            "this is a file", where=root,
+            fix="give the folder with the splits; for a single .tar name '.' as the split",
+        )  # fmt: skip
+    synonyms = next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), ())
+    for name in (split, *synonyms):
+        for place in (root / name, root / f"{name}.tar"):
+            if place.exists():
+                return place
+    there = sorted(each.name for each in root.iterdir() if not each.name.startswith("."))
+    raise InputError(
+        f"no split {split!r} in this folder; there is: {_some(there)}", where=root,
+        fix="name a split that is there (--train-split, --val-split), or '.' for the folder itself",
+    )  # fmt: skip
+
+
+def _check_class_folders(root: Path, found: list[str]) -> None:
+    if "" in found:
+        raise InputError(
+            "images lie directly in this folder; their class is not known", where=root,
+            fix="put the images of each class into a folder of its own",
+        )  # fmt: skip
+    kinds = get_img_extensions(as_set=True)
+    empty = [
+        each.name
+        for each in sorted(root.iterdir())
+        if each.is_dir() and not each.name.startswith((".", "__")) and each.name not in found
+        and not any(Path(file).suffix.lower() in kinds for _, _, names in os.walk(each) for file in names)
+    ]  # fmt: skip
+    if empty:
+        raise InputError(
+            f"no images in the class folder{'s' * (len(empty) > 1)} {_some(empty)}", where=root,
+            fix=f"fill or remove them; images are {', '.join(sorted(kinds))}",
+        )  # fmt: skip
+
+
+def _open_torchvision(
+    name: str, data_dir: str | Path | None, split: str, download: bool, mode: str
+) -> Pictures:
+    name = {"inat": "inaturalist", "folder": "image_folder"}.get(name, name)
+    if name not in TORCHVISION:
+        raise UsageError(f"no torchvision dataset called {name!r}", fix=suggest(name, TORCHVISION))
+    if name == "image_folder":
+        root = _split_folder(_data_dir(data_dir, f"torch/{name}"), split)
+        return Pictures(
+            _create(
+                root,
+                "no images could be found",
+                name="torch/image_folder",
+                root=str(root),
+                search_split=False,
+            ),
+            mode,
+        )
+    if data_dir is None or not str(data_dir):
+        raise InputError(
+            f"torch/{name} needs --data-dir", fix="--data-dir FOLDER, where it is or shall be kept"
+        )
+    two = name.startswith("cifar") or "mnist" in name
+    if two and split not in (*TRAIN_NAMES, *EVAL_NAMES, "test"):
+        raise UsageError(f"torch/{name} has no split {split!r}", fix="use train or validation")
+    return Pictures(
+        _create(
+            data_dir, f"torch/{name} could not be opened", fix="is it there? --dataset-download fetches it",
+            name=f"torch/{name}", root=str(data_dir), split=split, download=download,
+        ),
+        mode,
+    )  # fmt: skip
+
+
+def _open_hub(
+    name: str, prefix: str, data_dir: str | Path | None, split: str, download: bool, class_map: str, mode: str
+) -> Dataset:
+    package = PACKAGES[prefix]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{name} needs the package {package!r}", fix=f"pip install {package}")
+    if prefix == "wds":
+        _data_dir(data_dir, name)
+    source = _create(
+        name, "the dataset could not be opened", fix="check its name, the split, and the network",
+        name=name, root=None if data_dir is None else str(data_dir), split=split, download=download,
+        class_map=class_map or None, input_img_mode=mode, is_training=split in TRAIN_NAMES,
+    )  # fmt: skip
+    return Pictures(source, mode) if prefix == "hfds" else source
+
+
+def _create(where: object, what: str, *, fix: str = "check --data-dir", **arguments: Any) -> Any:
+    """timm's factory. The libraries below it raise all sorts, and print to stdout, which belongs to our results."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return create_dataset(**arguments)
+    except NulsqError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {_first_line(error)}", where=where, fix=fix) from error
+
+
+def _some(names: Iterable[str], shown: int = 10) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0][:200] if lines else "") or type(error).__name__

@@ -240,9 +240,10 @@ class Trainer:
             "seconds": round(time.monotonic() - started, 2),
         }  # fmt: skip
         p.rows.append(row)
-        better = p.best is None or score.top1 > p.best["top1"]
+        # On a small split many epochs are equally right; the loss tells them apart.
+        better = p.best is None or (score.top1, -score.loss) > (p.best["top1"], -p.best["loss"])
         if better:
-            p.best = {"top1": score.top1, "top5": score.top5, "epoch": p.epoch}
+            p.best = {"top1": score.top1, "top5": score.top5, "loss": score.loss, "epoch": p.epoch}
         p.epoch, p.batch = p.epoch + 1, 0
         if better:
             self.save("best")

@@ -1,0 +1,96 @@
+"""Where raw images come from: (PIL image, int) pairs, of files and of the digits that travel with the package."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from nulsq_cli.errors import InputError, UsageError
+
+class Pictures(Dataset):
+    """(PIL image, int) of a timm or torchvision dataset; what cannot be read is an error, never left out.
+
+    Args:
+        source: timm's ImageDataset (its reader is used: timm itself goes on with the next image), or torchvision's.
+        mode: PIL mode of the images.
+    """
+
+    def __init__(self, source: Any, mode: str) -> None:
+        self.source, self.mode = source, mode
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Image and class number.
+
+        Raises:
+            InputError: the file is missing, damaged, or has no class.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            if hasattr(self.source, "reader"):
+                stream, label = self.source.reader[index][:2]
+                with stream:
+                    image = Image.open(stream).convert(self.mode)
+            else:
+                image, label = self.source[index]
+                image = image if image.mode == self.mode else image.convert(self.mode)
+        except (
+            Exception
+        ) as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error ...
+            raise InputError(
+                f"cannot read this image: {_first_line(error)}", where=self.filename(index),
+                fix="replace or remove the file",
+            ) from None  # fmt: skip
+        if label is None or int(label) < 0:
+            raise InputError(
+                "this image has no class", where=self.filename(index), fix="use a split with labels"
+            )
+        return image, int(label)
+
+    def filename(self, index: int) -> str:
+        """The file of a sample, or its number where there are no files."""
+        with contextlib.suppress(Exception):
+            if hasattr(self.source, "reader"):
+                return str(self.source.reader.filename(index, absolute=True) or f"image {index}")
+            return str(self.source.samples[index][0])
+        return f"image {index}"
+
+
+class Digits(Dataset):
+    """1797 grey 8x8 images of handwritten digits, as (PIL image, int); no download, no folder.
+
+    They are sklearn.datasets.load_digits, that is, the test part of "Optical Recognition of Handwritten Digits"
+    (E. Alpaydin, C. Kaynak, UCI repository, CC BY 4.0). The file `assets/digits.npz` holds the images as they are
+    (uint8, 0..16), the labels, and the source; here 16 becomes white (255). The order is that of the source, by
+    writer; the last 360 are the validation split, so that most of its writers were not trained on.
+    """
+
+    held_out = 360
+
+    def __init__(self, split: str, mode: str = "L") -> None:
+        if split not in (*TRAIN_NAMES, *EVAL_NAMES, "test"):
+            raise UsageError(f"{DIGITS} has no split {split!r}", fix="use train or validation")
+        with np.load(str(files("nulsq_cli").joinpath("assets", "digits.npz")), allow_pickle=False) as data:
+            images, labels = data["images"], data["labels"]
+        part = slice(None, -self.held_out) if split in TRAIN_NAMES else slice(-self.held_out, None)
+        self.images = np.round(images[part] * (255 / 16)).astype(np.uint8)
+        self.labels = labels[part].tolist()
+        self.classes, self.mode = [str(digit) for digit in range(10)], mode
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Image and digit."""
+        image = Image.fromarray(self.images[index])
+        return (image if self.mode == "L" else image.convert(self.mode)), self.labels[index]
+
+
