@@ -22,7 +22,7 @@ from torch import nn
 
 from nulsq_cli.errors import InputError, NulsqError, UsageError
 from nulsq_cli.models import cifar  # noqa: F401  puts our networks into timm's registry
-from nulsq_cli.models.weights import Weights, fit, read_weights
+from nulsq_cli.models.weights import Weights, first_line, fit, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -160,15 +160,15 @@ def _build(name: str, entry: str, pretrained: bool, arguments: Mapping[str, Any]
         # the hub's client, the network stack under it and a thousand constructors: no common class to catch
         if pretrained or entry.startswith(("hf-hub:", "hf_hub:")):
             raise InputError(
-                f"the weights of {name} could not be had: {_first_line(error)}",
+                f"the weights of {name} could not be had: {first_line(error)}",
                 fix="connect to the network once, or copy the file here and give --initial-checkpoint FILE",
             ) from error
         if entry.startswith("local-dir:"):
-            raise InputError(f"not a model folder: {_first_line(error)}", where=entry) from error
+            raise InputError(f"not a model folder: {first_line(error)}", where=entry) from error
         if isinstance(error, (TypeError, ValueError, AssertionError, RuntimeError, KeyError)) and arguments:
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
             raise UsageError(
-                f"{name} cannot be built with {given}: {_first_line(error)}",
+                f"{name} cannot be built with {given}: {first_line(error)}",
                 fix="see the model's own arguments in timm",
             ) from error
         raise
@@ -223,8 +223,3 @@ def _arguments(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
 def _head_is_fresh(model: nn.Module) -> bool:
     cfg = model.pretrained_cfg
     return bool(cfg.get("classifier")) and model.num_classes != cfg.get("num_classes")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0][:200] if lines else "") or type(error).__name__

@@ -140,7 +140,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"the safetensors file is truncated or damaged ({_first_line(error)})",
+            f"the safetensors file is truncated or damaged ({first_line(error)})",
             where=path,
             fix="copy or download it again",
         ) from None
@@ -169,7 +169,7 @@ def _read_torch(path: Path) -> Any:
 
 def _damaged(path: Path, error: BaseException) -> InputError:
     return InputError(
-        f"not a checkpoint, or truncated or damaged ({_first_line(error)})",
+        f"not a checkpoint, or truncated or damaged ({first_line(error)})",
         where=path,
         fix=f"copy or download it again; {_FORMATS}",
     )
@@ -228,6 +228,7 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for one of ours."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

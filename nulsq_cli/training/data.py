@@ -1,35 +1,41 @@
-"""Samples in a known order: augmentation, shuffling and sharding as pure functions of a seed, and the loaders.
+"""Loaders: shuffled and augmented for training, exact for evaluation, fixed for calibration.
 
-What a run draws depends on (seed, epoch, index) only, never on the number of workers or on what was drawn before:
-so a run that was killed can go on in the middle of an epoch with the same images, crops and flips.
+What a run draws depends on (seed, epoch, index) only, never on the number of workers or on what was drawn
+before: a run that was killed can go on in the middle of an epoch with the same images, crops and flips.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    Sampler,
     Subset,
     default_collate,
     get_worker_info,
 )
 
 from nulsq_cli.errors import InputError, NulsqError, UsageError
+from nulsq_cli.training.order import (
+    EpochSampler,
+    Key,
+    generators_kept,
+    permutation,
+    reseed,
+    seeded,
+    spread,
+)
 from nulsq_cli.training.transforms import Transform
+
 
 class Samples(Dataset):
     """Images of a dataset as the model wants them.
@@ -72,15 +78,20 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
-    """Images of a dataset that has no index (webdataset, TFDS, a streamed hub dataset), as the model wants them.
+    """Images of a dataset without an index (webdataset, TFDS, a streamed hub dataset), as the model wants them.
 
-    Such a dataset shuffles and shards by itself, so its order is only as reproducible as its reader is.
+    Such a dataset shuffles and shards by itself: its order is as reproducible as its reader is, and its length,
+    that of one process's share, as exact as the reader's own figure.
     """
 
     def __init__(
         self, dataset: IterableDataset, transform: Transform, seed: int | None = None, rank: int = 0
-    ):
-        self.dataset, self.transform, self.seed, self.rank, self.epoch = dataset, transform, seed, rank, 0
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.rank = dataset, transform, seed, rank
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = getattr(get_worker_info(), "id", 0)
@@ -96,9 +107,11 @@ class Stream(IterableDataset):
 class Loader(DataLoader):
     """A DataLoader that can be set to an epoch and a position, and whose errors are the project's own."""
 
+    world = 1
+    skip = 0
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next iteration draws this epoch, without the first `start` samples (counted over all processes)."""
-        self.skip = 0
+        """The next iteration draws this epoch, less its first `start` samples (of all processes)."""
         if isinstance(self.sampler, EpochSampler):
             self.sampler.set_epoch(epoch, start)
         elif isinstance(self.dataset, Stream):
@@ -107,9 +120,6 @@ class Loader(DataLoader):
                 self.dataset.dataset.set_epoch(epoch)
             # a stream cannot start in the middle: what was consumed is read again and dropped
             self.skip = start // (self.batch_size * self.world)
-
-    skip = 0
-    world = 1
 
     def __iter__(self) -> Iterator[Any]:
         for batch in islice(super().__iter__(), self.skip, None):
@@ -141,19 +151,16 @@ def train_loader(
         InputError: the dataset does not fill one step.
     """
     if isinstance(dataset, IterableDataset):
-        return _stream_loader(
-            dataset, Stream(dataset, transform, seed, rank), batch_size, workers, world, True
-        )
+        stream = Stream(dataset, transform, seed, rank)
+        return _stream_loader(stream, batch_size, workers, world, drop_last=True)
     size = len(dataset)  # type: ignore[arg-type]
     if size < batch_size * world:
         many = f" on {world} processes" if world > 1 else ""
-        raise InputError(
-            f"{size} training images do not fill one batch of {batch_size}{many}", fix="lower -b"
-        )
+        what = f"{size} training images do not fill one batch of {batch_size}{many}"
+        raise InputError(what, fix="use a smaller batch (-b)")
     sampler = EpochSampler(size, batch_size=batch_size, seed=seed, rank=rank, world=world)
-    return _loader(
-        Samples(dataset, transform, seed), workers, pin_memory, batch_size=batch_size, sampler=sampler
-    )
+    samples = Samples(dataset, transform, seed)
+    return _loader(samples, workers, pin_memory, batch_size=batch_size, sampler=sampler, keep_workers=True)
 
 
 def eval_loader(
@@ -168,8 +175,9 @@ def eval_loader(
 ) -> Loader:
     """Every sample exactly once over all processes, in the dataset's order, nothing padded or dropped."""
     if isinstance(dataset, IterableDataset):
-        return _stream_loader(dataset, Stream(dataset, transform), batch_size, workers, world, False)
+        return _stream_loader(Stream(dataset, transform), batch_size, workers, world, drop_last=False)
     share = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    workers = min(workers, -(-len(share) // batch_size))
     return _loader(Samples(dataset, transform), workers, pin_memory, batch_size=batch_size, sampler=share)
 
 
@@ -184,7 +192,7 @@ def fixed_chunks_loader(
     world: int = 1,
     workers: int = 0,
 ) -> FixedChunks:
-    """A fixed part of a dataset in fixed chunks, for statistics that must not depend on batch size or processes.
+    """A fixed part of a dataset in fixed chunks: statistics must not depend on batch size or processes.
 
     Args:
         samples: how many images; all of them if there are fewer.
@@ -193,13 +201,13 @@ def fixed_chunks_loader(
         transform: the evaluation transform.
 
     Returns:
-        An iterable of (chunk number, (n, C, H, W) images): every process has its own chunks, each exists once.
+        An iterable of (chunk number, (n, C, H, W) images): each chunk belongs to one process.
     """
     if samples < 1 or chunk < 1:
         raise UsageError(f"samples and chunk must be at least 1, got {samples} and {chunk}")
     if isinstance(dataset, IterableDataset):
         count = -(-samples // chunk)
-        loader = _stream_loader(dataset, Stream(dataset, transform), chunk, workers, world, False)
+        loader = _stream_loader(Stream(dataset, transform), chunk, workers, world, drop_last=False)
         return FixedChunks(loader, range(rank, count, world))
     chosen = spread(len(dataset), samples, seed)  # type: ignore[arg-type]
     chunks = [chosen[start : start + chunk] for start in range(0, len(chosen), chunk)]
@@ -234,9 +242,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Subset, Subs
     size = len(dataset)  # type: ignore[arg-type]
     part = round(size * fraction)
     if not 0 < part < size:
-        raise UsageError(
-            f"cannot hold out {fraction} of {size} images", fix="give a fraction between 0 and 1"
-        )
+        raise UsageError(f"cannot hold out {fraction} of {size} images", fix="give a fraction below 1")
     order = permutation(size, seed, size).tolist()
     return Subset(dataset, sorted(order[part:])), Subset(dataset, sorted(order[:part]))
 
@@ -248,21 +254,26 @@ class Failure:
     error: NulsqError
 
 
-def _loader(dataset: Dataset, workers: int, pin_memory: bool, **how: Any) -> Loader:
-    return Loader(
-        dataset, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate, worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # otherwise every iteration would draw from the caller's generator
-        persistent_workers=workers > 0 and not isinstance(dataset, IterableDataset),
-        multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
-        **how,
-    )  # fmt: skip
-
-
-def _stream_loader(
-    dataset: IterableDataset, stream: Stream, batch_size: int, workers: int, world: int, drop_last: bool
+def _loader(
+    dataset: Dataset, workers: int, pin_memory: bool, *, keep_workers: bool = False, **how: Any
 ) -> Loader:
-    if hasattr(dataset, "set_loader_cfg"):
-        dataset.set_loader_cfg(num_workers=workers)
+    fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+    return Loader(
+        dataset,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # otherwise every iteration would draw from the caller's generator
+        persistent_workers=keep_workers and workers > 0,
+        multiprocessing_context="fork" if fork else None,
+        **how,
+    )
+
+
+def _stream_loader(stream: Stream, batch_size: int, workers: int, world: int, *, drop_last: bool) -> Loader:
+    if hasattr(stream.dataset, "set_loader_cfg"):
+        stream.dataset.set_loader_cfg(num_workers=workers)
     loader = _loader(stream, workers, False, batch_size=batch_size, drop_last=drop_last)
     loader.world = world
     return loader
@@ -276,5 +287,3 @@ def _start_worker(_: int) -> None:
     # an interrupt is the main process's business: it finishes its step, saves, and stops the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-

@@ -1,4 +1,4 @@
-"""Datasets by timm's names, opened with every check first; all give (PIL image, int) and nothing is skipped."""
+"""Datasets by timm's names, checked before anything starts; all give (PIL image, int), nothing is skipped."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import get_img_extensions
 from torch.utils.data import Dataset, Subset
 
 from nulsq_cli.errors import InputError, NulsqError, UsageError, suggest
+from nulsq_cli.models.weights import first_line
+from nulsq_cli.training.pictures import DIGITS, EVAL_NAMES, TRAIN_NAMES, Digits, Pictures
 
-TRAIN_NAMES = ("train", "training")
-EVAL_NAMES = ("validation", "val", "valid", "eval", "evaluation")
 TORCHVISION = (
-    "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365", "inaturalist",
-    "image_folder",
+    "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365",
+    "inaturalist", "image_folder",
 )  # fmt: skip
 """What may follow `torch/`, as in timm."""
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 """The prefixes that need a package which this project does not bring."""
-DIGITS = "nulsq/digits"
 
 
 def open_dataset(
@@ -43,8 +39,8 @@ def open_dataset(
     """Open a split of a dataset.
 
     Args:
-        name: "" for a folder with one sub-folder per split and class (or one .tar per split); `torch/cifar10` ...;
-            `hfds/org/name`; the streams `hfids/`, `wds/`, `tfds/`; `nulsq/digits`, which is part of this package.
+        name: "" for a folder with a sub-folder (or .tar) per split, and in it one per class; `torch/cifar10` and
+            the like; `hfds/org/name`; the streams `hfids/`, `wds/`, `tfds/`; `nulsq/digits`, in this package.
         data_dir: the folder, or where downloads are kept.
         split: for folders also a synonym (train, training; val, validation ...); "." for `data_dir` itself.
         download: fetch a torchvision or TFDS dataset that is not there.
@@ -69,26 +65,23 @@ def open_dataset(
     if prefix in PACKAGES and rest:
         return _open_hub(name, prefix, data_dir, split, download, class_map, input_img_mode)
     known = [DIGITS, *(f"torch/{known}" for known in TORCHVISION)]
-    raise UsageError(
-        f"no dataset called {name!r}", fix=f"{suggest(name, known)}, hfds/..., wds/..., or a folder"
-    )
+    raise UsageError(f"no dataset called {name!r}", fix=f"{suggest(name, known)}, hfds/..., or a folder")
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
     """The classes in the order of their numbers, or None if the dataset does not name them."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    for holder in (dataset, getattr(dataset, "source", None), getattr(dataset, "reader", None)):
-        for attribute in ("class_to_idx", "class_name_to_idx"):
-            table = getattr(holder, attribute, None) or getattr(
-                getattr(holder, "reader", None), attribute, None
-            )
+    source = getattr(dataset, "source", dataset)
+    for holder in (getattr(source, "reader", None), source):
+        for attribute in (
+            "class_to_idx",
+            "class_name_to_idx",
+        ):  # the second is timm's name for it in .tar files
+            table = getattr(holder, attribute, None)
             if isinstance(table, dict) and table:
                 return [str(name) for name in sorted(table, key=table.__getitem__)]
-        names = getattr(holder, "classes", None)
-        if names:
-            return [each if isinstance(each, str) else str(each[0]) for each in names]
-    return None
+    return list(getattr(source, "classes", ())) or None
 
 
 def check_same_classes(train: Dataset, val: Dataset) -> None:
@@ -100,11 +93,8 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     left, right = class_names(train), class_names(val)
     if left is None or right is None or left == right:
         return
-    only = {
-        "training": [n for n in left if n not in right],
-        "validation": [n for n in right if n not in left],
-    }
-    parts = [f"only in {split}: {_some(names)}" for split, names in only.items() if names]
+    lacking = {"training": set(left) - set(right), "validation": set(right) - set(left)}
+    parts = [f"only in {split}: {_some(sorted(names))}" for split, names in lacking.items() if names]
     raise InputError(
         f"the classes of training and validation differ ({'; '.join(parts) or 'in their order'})",
         fix="complete the folders, or fix the numbering with a class map (--class-map)",
@@ -149,7 +139,7 @@ def _data_dir(data_dir: str | Path | None, what: str) -> Path:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    """The folder or .tar of a split. timm falls back to `root`, so that training data may be evaluated on: not here."""
+    """The folder or .tar of a split; where timm would fall back to `root`, and mix the splits, this refuses."""
     if split in ("", "."):
         return root
     if root.is_file():
@@ -197,30 +187,18 @@ def _open_torchvision(
         raise UsageError(f"no torchvision dataset called {name!r}", fix=suggest(name, TORCHVISION))
     if name == "image_folder":
         root = _split_folder(_data_dir(data_dir, f"torch/{name}"), split)
-        return Pictures(
-            _create(
-                root,
-                "no images could be found",
-                name="torch/image_folder",
-                root=str(root),
-                search_split=False,
-            ),
-            mode,
-        )
+        arguments = {"name": "torch/image_folder", "root": str(root), "search_split": False}
+        return Pictures(_create(root, "no images could be found", **arguments), mode)
     if data_dir is None or not str(data_dir):
-        raise InputError(
-            f"torch/{name} needs --data-dir", fix="--data-dir FOLDER, where it is or shall be kept"
-        )
+        raise InputError(f"torch/{name} needs --data-dir", fix="--data-dir FOLDER, to find or to keep it")
     two = name.startswith("cifar") or "mnist" in name
     if two and split not in (*TRAIN_NAMES, *EVAL_NAMES, "test"):
         raise UsageError(f"torch/{name} has no split {split!r}", fix="use train or validation")
-    return Pictures(
-        _create(
-            data_dir, f"torch/{name} could not be opened", fix="is it there? --dataset-download fetches it",
-            name=f"torch/{name}", root=str(data_dir), split=split, download=download,
-        ),
-        mode,
+    source = _create(
+        data_dir, f"torch/{name} could not be opened", fix="is it there? --dataset-download fetches it",
+        name=f"torch/{name}", root=str(data_dir), split=split, download=download,
     )  # fmt: skip
+    return Pictures(source, mode)
 
 
 def _open_hub(
@@ -240,21 +218,16 @@ def _open_hub(
 
 
 def _create(where: object, what: str, *, fix: str = "check --data-dir", **arguments: Any) -> Any:
-    """timm's factory. The libraries below it raise all sorts, and print to stdout, which belongs to our results."""
+    """timm's factory. The libraries below it raise all sorts, and print to stdout, where only results belong."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return create_dataset(**arguments)
     except NulsqError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: {_first_line(error)}", where=where, fix=fix) from error
+        raise InputError(f"{what}: {first_line(error)}", where=where, fix=fix) from error
 
 
 def _some(names: Iterable[str], shown: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0][:200] if lines else "") or type(error).__name__

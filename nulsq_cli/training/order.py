@@ -1,4 +1,4 @@
-"""Orders and random draws as pure functions of integers, so that a run can stop anywhere and go on the same."""
+"""Orders and random draws as pure functions of integers, so that a run can stop and go on the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """(size,) int64: an order of 0..size-1 that is a pure function of the key, the same with every numpy version."""
+    """(size,) int64: an order of 0..size-1 that is a pure function of the key."""
+    # sorting raw bits: numpy promises that these stay the same in later versions, not that shuffles do
     bits = np.random.PCG64(np.random.SeedSequence([part & _MASK for part in key]))
     return np.argsort(bits.random_raw(size), kind="stable") if size else np.zeros(0, np.int64)
 
@@ -45,7 +46,7 @@ def spread(size: int, count: int, seed: int) -> list[int]:
 class EpochSampler(Sampler[Key]):
     """A shuffled epoch for one process; the order is a pure function of (seed, epoch).
 
-    At each step all processes together take the next `batch_size * world` samples of that order, whatever `world` is.
+    At each step all processes together take the next `batch_size * world` samples of that order.
 
     Args:
         size: samples in the dataset.
@@ -92,14 +93,12 @@ def generators_kept() -> Iterator[None]:
 
 
 def reseed(*key: int) -> None:
-    """Seed the three CPU generators; torch's own manual_seed would also touch the accelerator, and take 100 us."""
+    """Seed the three CPU generators; torch.manual_seed would also touch the accelerator, and take longer."""
     mixed = 0x9E3779B97F4A7C15
-    for (
-        part
-    ) in key:  # two rounds of a 64-bit mixer per part, so that neighbouring keys have nothing in common
+    for part in key:  # two rounds of a 64-bit mixer for each: neighbouring keys have nothing in common
         mixed = ((mixed ^ (part & _MASK)) * 0xBF58476D1CE4E5B9 + 1) & _MASK
         mixed = ((mixed ^ (mixed >> 29)) * 0x94D049BB133111EB) & _MASK
         mixed ^= mixed >> 32
     random.seed(mixed)
     np.random.seed(mixed & 0xFFFFFFFF)
-    torch.default_generator.manualreseed(mixed >> 1)
+    torch.default_generator.manual_seed(mixed >> 1)

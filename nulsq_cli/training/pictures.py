@@ -1,4 +1,4 @@
-"""Where raw images come from: (PIL image, int) pairs, of files and of the digits that travel with the package."""
+"""Raw images as (PIL image, int): those that timm or torchvision find, and the digits inside this package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from nulsq_cli.errors import InputError, UsageError
+from nulsq_cli.models.weights import first_line
+
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "val", "valid", "eval", "evaluation")
+"""Names that mean the same split, as in timm."""
+DIGITS = "nulsq/digits"
+
 
 class Pictures(Dataset):
     """(PIL image, int) of a timm or torchvision dataset; what cannot be read is an error, never left out.
 
     Args:
-        source: timm's ImageDataset (its reader is used: timm itself goes on with the next image), or torchvision's.
+        source: timm's ImageDataset (only its reader: timm would go on with the next image), or torchvision's.
         mode: PIL mode of the images.
     """
 
@@ -46,7 +53,7 @@ class Pictures(Dataset):
             Exception
         ) as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error ...
             raise InputError(
-                f"cannot read this image: {_first_line(error)}", where=self.filename(index),
+                f"cannot read this image: {first_line(error)}", where=self.filename(index),
                 fix="replace or remove the file",
             ) from None  # fmt: skip
         if label is None or int(label) < 0:
@@ -67,10 +74,12 @@ class Pictures(Dataset):
 class Digits(Dataset):
     """1797 grey 8x8 images of handwritten digits, as (PIL image, int); no download, no folder.
 
-    They are sklearn.datasets.load_digits, that is, the test part of "Optical Recognition of Handwritten Digits"
-    (E. Alpaydin, C. Kaynak, UCI repository, CC BY 4.0). The file `assets/digits.npz` holds the images as they are
-    (uint8, 0..16), the labels, and the source; here 16 becomes white (255). The order is that of the source, by
-    writer; the last 360 are the validation split, so that most of its writers were not trained on.
+    The file `assets/digits.npz` was made with `numpy.savez_compressed` from scikit-learn's `load_digits`: `images`
+    as they are (uint8, 0..16), `labels`, and `source`. Here 16 becomes white (255). The copy is ordered by writer;
+    its last 360 are the validation split, so most of those writers were not trained on.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (the test part), UCI Machine Learning
+    Repository; CC BY 4.0.
     """
 
     held_out = 360
@@ -92,5 +101,3 @@ class Digits(Dataset):
         """Image and digit."""
         image = Image.fromarray(self.images[index])
         return (image if self.mode == "L" else image.convert(self.mode)), self.labels[index]
-
-

@@ -45,8 +45,8 @@ def resolve_data(
 ) -> dict[str, Any]:
     """The data settings of a model: its own, where none are given.
 
-    The model's training size counts, never a larger `test_input_size`: float, quantized and exported models are
-    evaluated alike.
+    The model's training size counts, never a larger `test_input_size`: float, quantized and exported models
+    are evaluated alike.
 
     Args:
         model: a float model with timm's `pretrained_cfg`.
@@ -70,23 +70,14 @@ def resolve_data(
             raise UsageError(
                 f"{key} needs 1 or {channels} values, got {len(values)}", fix="one value per channel"
             )
-    given = {
-        "mean": mean,
-        "std": std,
-        "interpolation": interpolation,
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
-    }
-    config = resolve_data_config(
-        {"input_size": (channels, *size), **given}, pretrained_cfg=own, use_test_size=False
-    )
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise UsageError(f"crop_pct must be above 0 and at most 1, got {crop_pct}", fix="0.875 is usual")
+    given = {"input_size": (channels, *size), "mean": mean, "std": std, "interpolation": interpolation}
+    given |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
+    config = resolve_data_config(given, pretrained_cfg=own, use_test_size=False)
     if min(config["std"]) <= 0:
         raise UsageError(
             f"std must be above 0, got {config['std']}", fix="give the deviation of each channel"
-        )
-    if not 0 < config["crop_pct"] <= 1:
-        raise UsageError(
-            f"crop_pct must be above 0 and at most 1, got {config['crop_pct']}", fix="0.875 is usual"
         )
     pick(dict.fromkeys(INTERPOLATIONS), config["interpolation"], "interpolation")
     pick(dict.fromkeys(CROP_MODES), config["crop_mode"], "crop mode")
@@ -110,9 +101,9 @@ def build_transforms(
     recount: int = 1,
     train_interpolation: str | None = None,
 ) -> tuple[Transform, Transform]:
-    """The transforms for training and for evaluation; each makes of a PIL image a normalised (C, H, W) float tensor.
+    """The transforms for training and for evaluation: PIL image in, normalised (C, H, W) float tensor out.
 
-    Names are timm's. Differences: no colour jitter unless asked for, and the model's own interpolation in training.
+    Names are timm's. Unlike timm: no colour jitter unless asked for, and the model's interpolation in training.
 
     Args:
         data_config: from `resolve_data`.
@@ -135,7 +126,7 @@ def build_transforms(
             raise UsageError(f"{name} is a probability, got {chance}", fix="give a value from 0 to 1")
     try:
         geometry, colours, ending = create_transform(
-            **common, is_training=True, separate=True, scale=scale, ratio=ratio, train_crop_mode=train_crop_mode,
+            **common, is_training=True, separate=True, train_crop_mode=train_crop_mode, scale=scale, ratio=ratio,
             hflip=hflip, vflip=vflip, color_jitter=color_jitter, auto_augment=aa or None,
             re_prob=reprob, re_mode=remode, re_count=recount,
             interpolation=train_interpolation or data_config["interpolation"],
@@ -211,7 +202,7 @@ def _size(
         )
     if fixed and tuple(asked[1:]) != tuple(fixed):
         raise UsageError(
-            f"this model was built for {fixed[0]}x{fixed[1]} images, input_size asks for {asked[1]}x{asked[2]}",
+            f"this model takes only {fixed[0]}x{fixed[1]} images, input_size asks for {asked[1]}x{asked[2]}",
             fix="build it with the argument img_size, or choose a model that takes any size",
         )
     return tuple(asked[1:])
