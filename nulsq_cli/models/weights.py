@@ -150,8 +150,9 @@ def _read_torch(path: Path) -> Any:
     """torch.load with weights_only=True, and nothing else when that refuses."""
     try:
         # timm's own training checkpoints keep their arguments in a Namespace: a plain bag of values
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # a file object, not its path: torch would decide by the suffix what to expect
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
         if not _CODE.search(text):

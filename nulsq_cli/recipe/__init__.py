@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from nulsq_cli.errors import InputError, RecipeError, UsageError, suggest
+from nulsq_cli.recipe import source as yaml_source
+from nulsq_cli.recipe.complaints import sentence
 from nulsq_cli.recipe.schema import Recipe
+from nulsq_cli.recipe.source import Key, Node, Places
 
-Key = tuple[str | int, ...]
-Places = dict[Key, str]
-
-LARGEST_FILE = 1 << 20
-DEEPEST = 40
+MOST_FILES = 64
+_NOT_INHERITED = ("published", "measured", "description")
 
 
 def _folder() -> Path:
@@ -27,9 +24,13 @@ def _folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
+def _names() -> list[str]:
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
 def shipped() -> list[tuple[str, str]]:
     """(name, description) of every shipped recipe, by name."""
-    return [(path.stem, load(path).description) for path in sorted(_folder().glob("*.yaml"))]
+    return [(name, load(name).description) for name in _names()]
 
 
 def recipe_path(name: str | Path) -> Path:
@@ -42,12 +43,11 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
-            raise InputError("no such recipe file", where=name)
+            raise InputError("no such recipe file", where=name, fix="`nulsq ls recipes` lists the shipped ones")
         return path
-    found = _folder() / f"{name}.yaml"
-    if not found.is_file():
-        raise UsageError(f"no recipe called {str(name)!r}", fix=suggest(str(name), (p.stem for p in _folder().glob("*.yaml"))))
-    return found
+    if str(name) not in _names():
+        raise UsageError(f"no recipe called {str(name)!r}", fix=suggest(str(name), _names()))
+    return _folder() / f"{name}.yaml"
 
 
 def load(source: str | Path, *, flags: Mapping[str, tuple[str, Any]] | None = None,
@@ -56,8 +56,8 @@ def load(source: str | Path, *, flags: Mapping[str, tuple[str, Any]] | None = No
 
     Args:
         source: a shipped recipe's name, or a file.
-        flags: dotted key -> (the flag as typed, its value).
-        overrides: `key.path=value`, the value as YAML.
+        flags: dotted key -> (the flag as typed, its value); None is a value too.
+        overrides: `key.path=value`, the value as YAML; `key+=value` appends, `quant.rules.0.bits=4/4` changes an item.
 
     Raises:
         RecipeError: all complaints at once, each `file:line: key: what`.
@@ -68,33 +68,39 @@ def load(source: str | Path, *, flags: Mapping[str, tuple[str, Any]] | None = No
 
 def loads(text: str) -> Recipe:
     """A resolved recipe from text, for instance from a packed file."""
-    data, places, complaints = _parse(text, "recipe")
-    return _checked(data, places, complaints)
+    return _checked(*yaml_source.read(text, "recipe"))
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """A recipe with some dotted keys changed, checked again."""
-    data = recipe.model_dump(mode="json")
+    tree = yaml_source.from_python(recipe.model_dump(mode="json"), "recipe")
     for key, value in values.items():
-        _put(data, {}, key.split("."), value, key)
-    return _checked(data, {}, [])
+        change = yaml_source.from_python(value, key)
+        tree = yaml_source.merge(tree, yaml_source.at_path(key.split("."), change))
+    return _checked(tree, [])
 
 
-def origins(source: str | Path) -> dict[str, str]:
-    """Dotted key -> where its value comes from, for every value of the resolved recipe."""
-    data, places, complaints = _gather(source, {}, ())
-    resolved = _checked(data, places, complaints).model_dump(mode="json")
-    return {".".join(map(str, key)): places.get(key, "default") for key in _leaves(resolved)}
+def origins(source: str | Path, *, flags: Mapping[str, tuple[str, Any]] | None = None,
+            overrides: Sequence[str] = ()) -> dict[str, str]:  # fmt: skip
+    """Dotted key -> file:line, flag, `<command line>` or `default`, for every value of the resolved recipe."""
+    tree, complaints = _gather(source, flags or {}, overrides)
+    resolved = _checked(tree, complaints).model_dump(mode="json")
+    where = yaml_source.places(tree)
+    return {".".join(map(str, key)): where.get(key, "default") for key in _leaves(resolved)}
 
 
 def json_schema() -> dict[str, Any]:
     """The schema of recipe files, for editors."""
     schema = Recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "array", "items": {"type": "string"}}
+    quant = schema["$defs"]["Quant"]["properties"]
+    quant["rules+"] = {**quant["rules"], "description": "appended to the rules of what this recipe extends"}
     return schema
 
 
 def _leaves(value: Any, at: Key = ()) -> Iterator[Key]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*at, key))
@@ -102,178 +108,87 @@ def _leaves(value: Any, at: Key = ()) -> Iterator[Key]:
         yield at
 
 
-# ---- YAML with positions ----------------------------------------------------------------------------
-
-
-def _gather(source: str | Path, flags: Mapping[str, tuple[str, Any]], overrides: Sequence[str]) -> tuple[
-        dict[str, Any], Places, list[str]]:  # fmt: skip
-    data, places, complaints = _read(recipe_path(source), ())
+def _gather(source: str | Path, flags: Mapping[str, tuple[str, Any]],
+            overrides: Sequence[str]) -> tuple[Node, list[str]]:  # fmt: skip
+    path = recipe_path(source)
+    tree, complaints = _read(path, _shown(path), ())
     for key, (flag, value) in flags.items():
-        _put(data, places, key.split("."), value, flag)
+        tree = yaml_source.merge(tree, yaml_source.at_path(key.split("."), yaml_source.from_python(value, flag)))
     for text in overrides:
         key, equals, value = text.partition("=")
-        path = key.split(".")
-        if not equals or not all(path):
-            raise UsageError(f"cannot read the change {text!r}", fix="write key.path=value, for instance optimizer.weights.lr=0.01")
-        try:
-            _put(data, places, path, yaml.safe_load(value), "<command line>")
-        except yaml.YAMLError as reason:
-            raise UsageError(f"the value of {text!r} is no YAML", fix="put it in quotes") from reason
-    return data, places, complaints
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UsageError(f"cannot read the change {text!r}",
+                             fix="write key.path=value, for instance optimizer.weights.lr=0.01")  # fmt: skip
+        tree = yaml_source.merge(tree, yaml_source.at_path(parts, yaml_source.read_value(value, "<command line>")))
+    return tree, complaints
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Places, list[str]]:
-    if path.resolve() in above:
-        raise RecipeError("extends itself", where=path)
+def _shown(path: Path) -> str:
+    """How complaints name a file: as it was given, but a shipped one by its place among the shipped ones."""
+    return path.relative_to(_folder()).as_posix() if path.is_relative_to(_folder()) else str(path)
+
+
+def _read(path: Path, name: str, above: tuple[Path, ...]) -> tuple[Node, list[str]]:
+    """A file's tree on top of the trees of what it extends, and complaints about the YAML of all of them."""
+    own, complaints = yaml_source.read(_text(path, name), name)
+    parents = own.value.pop("extends", Node([], name))
+    listed = yaml_source.plain(parents)
+    if not isinstance(listed, list) or not all(isinstance(p, str) and p for p in listed):
+        raise RecipeError("extends: must be a list of recipe names or files", where=parents.place)
+    tree = Node({}, name)
+    above = (*above, path.resolve())
+    for parent in listed:
+        found = _parent(path, parent, parents.place)
+        if found.resolve() in above or len(above) > MOST_FILES:
+            raise RecipeError(f"extends: {parent!r} extends itself", where=parents.place)
+        inherited, more = _read(found, _shown(found), above)
+        for key in _NOT_INHERITED:
+            inherited.value.pop(key, None)
+        tree = yaml_source.merge(tree, inherited)
+        complaints += more
+    return yaml_source.merge(tree, own), complaints
+
+
+def _parent(child: Path, name: str, place: str) -> Path:
+    """The file that `extends` means: one beside the recipe, else a shipped one."""
+    named = name if Path(name).suffix in (".yaml", ".yml") else f"{name}.yaml"
+    beside = child.parent / named
+    # A copy may bear the name of the shipped recipe that it extends.
+    if beside.is_file() and (beside.resolve() != child.resolve() or not (_folder() / named).is_file()):
+        return beside
+    if (_folder() / named).is_file() and ".." not in Path(named).parts:
+        return _folder() / named
+    raise RecipeError(f"extends: no recipe called {name!r}, got neither {beside} nor a shipped one", where=place,
+                      fix=suggest(name, _names()))  # fmt: skip
+
+
+def _text(path: Path, name: str) -> str:
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise RecipeError("is too large for a recipe", where=path)
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > yaml_source.LARGEST_FILE:
+            raise RecipeError("is too large for a recipe", where=name)
+        return path.read_text(encoding="utf-8-sig")
     except OSError as reason:
-        raise InputError(f"cannot be read: {reason.strerror}", where=path) from reason
+        raise InputError(f"cannot be read: {reason.strerror}", where=name) from reason
     except UnicodeDecodeError as reason:
-        raise RecipeError("is no text", where=path) from reason
-    own, own_places, complaints = _parse(text, path.name)
-    data: dict[str, Any] = {}
-    places: Places = {}
-    parents = own.pop("extends", [])
-    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
-        raise RecipeError("extends: must be a list of recipe names or files", where=own_places.get(("extends",), path))
-    for parent in parents:
-        beside = path.parent / f"{parent.removesuffix('.yaml')}.yaml"
-        inherited = _read(beside if beside.is_file() else recipe_path(parent), (*above, path.resolve()))
-        for key in ("published", "measured", "description"):
-            inherited[0].pop(key, None)
-        _merge(data, inherited[0])
-        places |= inherited[1]
-        complaints += inherited[2]
-    _merge(data, own)
-    return data, places | own_places, complaints
+        raise RecipeError("is no text", where=name) from reason
 
 
-def _parse(text: str, name: str) -> tuple[dict[str, Any], Places, list[str]]:
-    """Plain data, the file:line of every key, and complaints about the YAML itself."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as reason:
-        mark = getattr(reason, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"is no valid YAML: {getattr(reason, 'problem', None) or 'cannot be read'}", where=f"{name}{line}") from reason
-    except RecursionError as reason:
-        raise RecipeError("is nested too deeply", where=name) from reason
-    if node is None:
-        return {}, {}, []
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError("is no recipe: it must be a mapping of sections", where=name)
-    places: Places = {}
-    complaints: list[str] = []
-    data = _plain(node, (), name, places, complaints, set())
-    return data, places, complaints
-
-
-def _plain(node: yaml.Node, at: Key, name: str, places: Places, complaints: list[str], open_nodes: set[int]) -> Any:
-    if len(at) > DEEPEST or id(node) in open_nodes or len(places) > 20_000:
-        raise RecipeError("is nested too deeply, or repeats itself through aliases", where=f"{name}:{node.start_mark.line + 1}")
-    places.setdefault(at, f"{name}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.ScalarNode):
-        loader = yaml.SafeLoader("")
-        with contextlib.suppress(ValueError):
-            value = loader.construct_object(node)
-            # Dates and bytes are strings to a recipe; so is a number written in base 60.
-            sexagesimal = isinstance(value, (int, float)) and not isinstance(value, bool) and ":" in node.value
-            return value if isinstance(value, (str, int, float, bool, type(None))) and not sexagesimal else node.value
-        return node.value
-    open_nodes = open_nodes | {id(node)}
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(n, (*at, i), name, places, complaints, open_nodes) for i, n in enumerate(node.value)]
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
-        if key in result:
-            complaints.append(f"{name}:{line}: duplicate key {key!r} (first at {places[(*at, key)]})")
-        places[(*at, key)] = f"{name}:{line}"
-        result[key] = _plain(value_node, (*at, key), name, places, complaints, open_nodes)
-    return result
-
-
-def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
-    """Mappings are merged, lists replaced; `key+` appends to an inherited list."""
-    for key, value in new.items():
-        if key.endswith("+") and isinstance(value, list):
-            into[key[:-1]] = [*into.get(key[:-1], []), *value]
-        elif isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _put(data: dict[str, Any], places: Places, path: list[str], value: Any, origin: str) -> None:
-    for depth, part in enumerate(path[:-1]):
-        inner = data.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise UsageError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is no section", where=origin)
-        data = inner
-    data[path[-1]] = value
-    places[tuple(path)] = origin
-
-
-# ---- complaints -------------------------------------------------------------------------------------
-
-
-def _checked(data: dict[str, Any], places: Places, complaints: list[str]) -> Recipe:
+def _checked(tree: Node, complaints: list[str]) -> Recipe:
     found = list(complaints)
+    recipe = None
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(yaml_source.plain(tree))
     except ValidationError as error:
+        where: Places = yaml_source.places(tree)
         # An unknown key comes first: a misspelt required key is also a missing one.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        found += dict.fromkeys(_sentence(e, places) for e in errors)
-    except RecursionError:
-        found.append("is nested too deeply")
-    if found:
-        raise RecipeError("\n".join(found))
+        sentences = [sentence(e, where) for e in errors]
+        unknown = sum(e["type"] == "extra_forbidden" for e in errors)
+        found = [*sentences[:unknown], *found, *sentences[unknown:]]
+    if recipe is None or found:
+        raise RecipeError("\n".join(dict.fromkeys(found)), fix="`nulsq cat quickstart --resolved` shows every key")
     return recipe
-
-
-def _sentence(error: Any, places: Places) -> str:
-    loc: Key = tuple(error["loc"])
-    place = next((places[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in places), "recipe")
-    shown = tuple(p for i, p in enumerate(loc) if loc[: i + 1] in places or i == 0 or len(loc) == i + 1)
-    key = ".".join(map(str, shown)) or "recipe"
-    kind, context, value = error["type"], error.get("ctx", {}), error.get("input")
-    if kind == "extra_forbidden":
-        return f"{place}: unknown key {key!r}{_meant(loc)}"
-    if kind == "value_error":
-        return f"{place}: {key}: {str(context.get('error', error['msg']))}"
-    bounds = {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than", "gt"),
-              "less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}  # fmt: skip
-    got = f", got {value!r}" if len(repr(value)) < 80 else ""
-    if kind in bounds:
-        words, bound = bounds[kind]
-        return f"{place}: {key}: must be {words} {context[bound]:g}{got}"
-    if kind == "literal_error":
-        return f"{place}: {key}: must be {context['expected']}{got}"
-    what = error["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
-    return f"{place}: {key}: {what[0].lower()}{what[1:]}{got}"
-
-
-def _meant(loc: Key) -> str:
-    """The nearest good key: in the same section first, then anywhere."""
-    names = [part for part in loc if isinstance(part, str)]
-    section: Any = Recipe
-    for part in names[:-1]:
-        field = section.model_fields.get(part)
-        section = field.annotation if field is not None else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            break
-    else:
-        if near := get_close_matches(names[-1], section.model_fields, n=1):
-            return f" (did you mean {'.'.join([*names[:-1], near[0]])!r}?)"
-    every: dict[Any, str] = {name: name for name in Recipe.model_fields}
-    for key in _leaves(Recipe().model_dump(mode="json")):
-        every.setdefault(key[-1], ".".join(map(str, key)))
-    near = get_close_matches(names[-1], every, n=1) if names else []
-    return f" (did you mean {every[near[0]]!r}?)" if near else ""
 
 
 __all__ = ["Recipe", "json_schema", "load", "loads", "origins", "recipe_path", "shipped", "with_values"]

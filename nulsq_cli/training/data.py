@@ -78,10 +78,10 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
-    """Images of a dataset without an index (webdataset, TFDS, a streamed hub dataset), as the model wants them.
+    """Images of a dataset without an index (webdataset, TFDS, a streamed hub one), as the model wants them.
 
-    Such a dataset shuffles and shards by itself: its order is as reproducible as its reader is, and its length,
-    that of one process's share, as exact as the reader's own figure.
+    Such a dataset shuffles and shards by itself: its order is as reproducible as its reader is, and its
+    length, that of one process's share, as exact as the reader's own figure.
     """
 
     def __init__(

@@ -39,8 +39,9 @@ def open_dataset(
     """Open a split of a dataset.
 
     Args:
-        name: "" for a folder with a sub-folder (or .tar) per split, and in it one per class; `torch/cifar10` and
-            the like; `hfds/org/name`; the streams `hfids/`, `wds/`, `tfds/`; `nulsq/digits`, in this package.
+        name: "" for a folder with a sub-folder (or .tar) per split, and in it one per class;
+            `torch/cifar10` and the like; `hfds/org/name`; the streams `hfids/`, `wds/`, `tfds/`;
+            `nulsq/digits`, which is part of this package.
         data_dir: the folder, or where downloads are kept.
         split: for folders also a synonym (train, training; val, validation ...); "." for `data_dir` itself.
         download: fetch a torchvision or TFDS dataset that is not there.
@@ -139,7 +140,7 @@ def _data_dir(data_dir: str | Path | None, what: str) -> Path:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    """The folder or .tar of a split; where timm would fall back to `root`, and mix the splits, this refuses."""
+    """The folder or .tar of a split; timm would fall back to `root`, and so mix the splits."""
     if split in ("", "."):
         return root
     if root.is_file():
@@ -218,7 +219,7 @@ def _open_hub(
 
 
 def _create(where: object, what: str, *, fix: str = "check --data-dir", **arguments: Any) -> Any:
-    """timm's factory. The libraries below it raise all sorts, and print to stdout, where only results belong."""
+    """timm's factory; the libraries below it raise all sorts, and print where only results belong."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return create_dataset(**arguments)

@@ -74,12 +74,12 @@ class Pictures(Dataset):
 class Digits(Dataset):
     """1797 grey 8x8 images of handwritten digits, as (PIL image, int); no download, no folder.
 
-    The file `assets/digits.npz` was made with `numpy.savez_compressed` from scikit-learn's `load_digits`: `images`
-    as they are (uint8, 0..16), `labels`, and `source`. Here 16 becomes white (255). The copy is ordered by writer;
-    its last 360 are the validation split, so most of those writers were not trained on.
+    The file `assets/digits.npz` was made with `numpy.savez_compressed` from scikit-learn's `load_digits`:
+    `images` as they are (uint8, 0..16), `labels`, and `source`. Here 16 becomes white (255). The copy is
+    ordered by writer; its last 360 are the validation split, so most of those writers were not trained on.
 
-    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (the test part), UCI Machine Learning
-    Repository; CC BY 4.0.
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (the test part), UCI Machine
+    Learning Repository; CC BY 4.0.
     """
 
     held_out = 360

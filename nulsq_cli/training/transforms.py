@@ -103,7 +103,7 @@ def build_transforms(
 ) -> tuple[Transform, Transform]:
     """The transforms for training and for evaluation: PIL image in, normalised (C, H, W) float tensor out.
 
-    Names are timm's. Unlike timm: no colour jitter unless asked for, and the model's interpolation in training.
+    Names are timm's. Unlike timm: no colour jitter unless asked for; in training the model's interpolation.
 
     Args:
         data_config: from `resolve_data`.
@@ -126,9 +126,9 @@ def build_transforms(
             raise UsageError(f"{name} is a probability, got {chance}", fix="give a value from 0 to 1")
     try:
         geometry, colours, ending = create_transform(
-            **common, is_training=True, separate=True, train_crop_mode=train_crop_mode, scale=scale, ratio=ratio,
-            hflip=hflip, vflip=vflip, color_jitter=color_jitter, auto_augment=aa or None,
-            re_prob=reprob, re_mode=remode, re_count=recount,
+            **common, is_training=True, separate=True, train_crop_mode=train_crop_mode,
+            scale=scale, ratio=ratio, hflip=hflip, vflip=vflip, color_jitter=color_jitter,
+            auto_augment=aa or None, re_prob=reprob, re_mode=remode, re_count=recount,
             interpolation=train_interpolation or data_config["interpolation"],
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import copy
+
+import timm
+import torch
+
+from nulsq_cli import calibrate
+from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.models import create_float_model
+from nulsq_cli.values import Bits
+
+IMAGES = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def model():
+    torch.manual_seed(0)
+    return create_float_model("resnet8_cifar")
+
+
+def chunks(size, rank=0, world=1):
+    return lambda: [(k, IMAGES[k * size : (k + 1) * size]) for k in range(rank, 48 // size, world)]
+
+
+def test_statistics_are_those_of_the_inputs():
+    net, seen = model(), []
+    net.layer2[0].conv1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    stats = calibrate.measure_inputs(net, ["layer2.0.conv1"], chunks(16), 3)["layer2.0.conv1"]
+    x = torch.cat(seen[:3]).double()
+    assert stats.count == x.numel() and float(stats.mass.sum()) == x.numel()
+    assert float(stats.least[0]) == x.min() and float(stats.largest[0]) == x.max()
+    torch.testing.assert_close(stats.mean_abs[0], x.abs().mean())
+    torch.testing.assert_close(stats.std[0], x.std())
+    assert float(stats.mass[0, 0]) >= float((x == 0).sum()) and float(stats.points[0, 0]) == 0
+
+
+def test_two_processes_and_a_second_time_give_the_same_bytes():
+    names = ["conv1", "layer1.0.conv1", "linear"]
+    alone = calibrate.measure_inputs(model(), names, chunks(8), 6)
+    again = calibrate.measure_inputs(model(), names, chunks(8), 6)
+
+    # Run each half alone and add up what an all-reduce would add up.
+    halves = []
+    for rank in (0, 1):
+        log = []
+        calibrate.measure_inputs(model(), names, chunks(8, rank, 2), 6, lambda v, how, log=log: (log.append((v.clone(), how)), v)[1])
+        halves.append(log)
+    moments = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
+    together = iter([moments[how](a, b) for (a, how), (b, _) in zip(*halves, strict=True)])
+    first_sums, low, high = next(together), next(together), next(together)
+    assert torch.equal(first_sums.sum(0)[1] / first_sums.sum(0)[0], alone["conv1"].mean[0])
+    assert (low[0], high[0]) == (alone["conv1"].least[0], alone["conv1"].largest[0])
+    for name in names:
+        assert all(torch.equal(a, b) for a, b in zip(vars(alone[name]).values(), vars(again[name]).values(), strict=True)
+                   if isinstance(a, torch.Tensor))  # fmt: skip
+
+
+def test_calibration_leaves_the_model_as_it_was():
+    net = model().train()
+    before = copy.deepcopy(net.state_dict())
+    calibrate.measure_inputs(net, ["linear"], chunks(16), 3)
+    assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not net.linear._forward_pre_hooks
+
+
+def test_reestimated_statistics_are_means_over_chunks():
+    net = model()
+    outputs = []
+    net.conv1.register_forward_hook(lambda m, args, out: outputs.append(out.detach()))
+    assert calibrate.reestimate_batchnorm(net, chunks(16), 3) == 7
+    mean = torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0)
+    var = torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0)
+    torch.testing.assert_close(net.bn1.running_mean, mean)
+    torch.testing.assert_close(net.bn1.running_var, var)
+    assert net.bn1.momentum == 0.1 and not net.training
+
+
+def test_starting_twice_gives_the_same_steps():
+    results = []
+    for _ in range(2):
+        net = model()
+        plan = make_plan(net, Policy(Bits(2, 2), "nulsq-wa"), (3, 16, 16))
+        stats = calibrate.measure_inputs(net, calibrate.layers_to_measure(plan), chunks(16), 3)
+        calibrate.initialize(convert(net, plan), stats, "lloyd", "lloyd")
+        results.append(net.state_dict())
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+
+
+def test_a_model_without_batchnorm_is_fine():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    assert calibrate.reestimate_batchnorm(net, lambda: [(0, torch.randn(2, 3, 32, 32))], 1) == 0
