@@ -111,7 +111,7 @@ def _leaves(value: Any, at: Key = ()) -> Iterator[Key]:
 def _gather(source: str | Path, flags: Mapping[str, tuple[str, Any]],
             overrides: Sequence[str]) -> tuple[Node, list[str]]:  # fmt: skip
     path = recipe_path(source)
-    tree, complaints = _read(path, _shown(path), ())
+    tree, complaints = _read(path, _shown(path), (), [])
     for key, (flag, value) in flags.items():
         tree = yaml_source.merge(tree, yaml_source.at_path(key.split("."), yaml_source.from_python(value, flag)))
     for text in overrides:
@@ -129,8 +129,11 @@ def _shown(path: Path) -> str:
     return path.relative_to(_folder()).as_posix() if path.is_relative_to(_folder()) else str(path)
 
 
-def _read(path: Path, name: str, above: tuple[Path, ...]) -> tuple[Node, list[str]]:
+def _read(path: Path, name: str, above: tuple[Path, ...], opened: list[Path]) -> tuple[Node, list[str]]:
     """A file's tree on top of the trees of what it extends, and complaints about the YAML of all of them."""
+    opened.append(path)
+    if len(opened) > MOST_FILES:
+        raise RecipeError(f"extends more than {MOST_FILES} files", where=name)
     own, complaints = yaml_source.read(_text(path, name), name)
     parents = own.value.pop("extends", Node([], name))
     listed = yaml_source.plain(parents)
@@ -140,9 +143,9 @@ def _read(path: Path, name: str, above: tuple[Path, ...]) -> tuple[Node, list[st
     above = (*above, path.resolve())
     for parent in listed:
         found = _parent(path, parent, parents.place)
-        if found.resolve() in above or len(above) > MOST_FILES:
+        if found.resolve() in above:
             raise RecipeError(f"extends: {parent!r} extends itself", where=parents.place)
-        inherited, more = _read(found, _shown(found), above)
+        inherited, more = _read(found, _shown(found), above, opened)
         for key in _NOT_INHERITED:
             inherited.value.pop(key, None)
         tree = yaml_source.merge(tree, inherited)

@@ -41,6 +41,8 @@ _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 def sentence(error: Any, places: Places) -> str:
     """One complaint of pydantic as `place: key: what, got value (did you mean ...?)`."""
     loc: Key = tuple(error["loc"])
+    if not loc and error["type"] == "value_error":
+        return "\n".join(_across(line, places) for line in _must(error, loc).split("\n"))
     place = next((places[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in places), "recipe")
     if error["type"] == "extra_forbidden":
         return f"{place}: unknown key {'.'.join(map(str, loc))!r}{_meant(loc)}"
@@ -52,7 +54,13 @@ def sentence(error: Any, places: Places) -> str:
     what = _must(error, loc)
     value = _shown(error.get("input"))
     got = "" if error["type"] == "value_error" or len(value) > 80 else f", got {value}"
-    return f"{place}: {key}: {what}{got}{_hint(error)}" if key else f"{place}: {what}"
+    return f"{place}: {key}: {what}{got}{_hint(error)}" if key else f"{place}: {what}{got}"
+
+
+def _across(line: str, places: Places) -> str:
+    """A complaint about several sections, `key: what`, with the place of its key."""
+    parts = line.partition(": ")[0].split(".")
+    return f"{places.get(tuple(parts)) or places.get((), 'recipe')}: {line}"
 
 
 def _must(error: Any, loc: Key) -> str:
@@ -93,12 +101,16 @@ def _shown(value: Any) -> str:
 def _range(schema: Schema | None) -> str:
     """`2..8`, `0 or more`, `more than 0 and less than 1` ..., from the bounds of a JSON schema."""
     bounds = schema or {}
-    low, above = bounds.get("minimum"), bounds.get("exclusiveMinimum")
-    high, below = bounds.get("maximum"), bounds.get("exclusiveMaximum")
+    low, high = bounds.get("minimum"), bounds.get("maximum")
+    above, below = bounds.get("exclusiveMinimum"), bounds.get("exclusiveMaximum")
     if low is not None and high is not None:
-        return f"{low:g}..{high:g}" if high < 1e9 else f"{low:g} or more, and no more than {high:d}"
-    words = [f"{low:g} or more" if low is not None else "", f"more than {above:g}" if above is not None else "",
-             f"{high:g} or less" if high is not None else "", f"less than {below:g}" if below is not None else ""]  # fmt: skip
+        return f"{low:g}..{high:g}"
+    words = [
+        f"{low:g} or more" if low is not None else "",
+        f"more than {above:g}" if above is not None else "",
+        f"{high:g} or less" if high is not None else "",
+        f"less than {below:g}" if below is not None else "",
+    ]
     return " and ".join(filter(None, words)) or "within its range"
 
 

@@ -4,44 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nulsq_cli.errors import NulsqError, suggest
-from nulsq_cli.methods import METHODS
-from nulsq_cli.values import INITIALIZER_NAMES
+from nulsq_cli.recipe.fields import (
+    NUMBER,
+    AtLeastZero,
+    AutoOrBool,
+    BelowOne,
+    Bits,
+    Count,
+    LayerPattern,
+    MethodName,
+    Name,
+    Number,
+    Percent,
+    Positive,
+    Range,
+    Rate,
+    RuleName,
+    Share,
+)
+from nulsq_cli.recipe.source import dump
 from nulsq_cli.values import Bits as _Bits
-
-
-def _read_bits(value: Any) -> Any:
-    if isinstance(value, _Bits):
-        return value
-    if isinstance(value, dict) and set(value) == {"w", "a"}:
-        value = f"{value['w']}/{value['a']}"
-    try:
-        return _Bits.parse(value)
-    except NulsqError as error:
-        raise ValueError(f"{error.what}; {error.fix}") from error
-
-
-def _one_of(kind: str, names: Any) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        if value is not None and value not in names:
-            raise ValueError(f"no {kind} called {value!r}; {suggest(str(value), names)}")
-        return value
-
-    return BeforeValidator(check)
-
-
-Bits = Annotated[_Bits, BeforeValidator(_read_bits), PlainSerializer(str, return_type=str),
-                 WithJsonSchema({"type": "string", "pattern": "^([2-8]|32)/([2-8]|32)$"})]  # fmt: skip
-MethodName = Annotated[str, _one_of("method", METHODS)]
-RuleName = Annotated[str, _one_of("initializer", INITIALIZER_NAMES)]
-Finite = Field(allow_inf_nan=False)
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Triple = Annotated[list[float], Field(min_length=1, max_length=4)]
 
 
 class Section(BaseModel):
@@ -49,14 +33,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_written(cls, values: Any) -> Any:
+        """null for a section or a list: its default. `teacher: null` is how one says no teacher."""
+        if not isinstance(values, dict):
+            return values
+        whole = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section | dict | list)}
+        return {key: value for key, value in values.items() if value is not None or key not in whole}
+
 
 class Published(Section):
     """One figure of a paper for this recipe; never a measurement of ours."""
 
     bits: Bits
     method: MethodName
-    top1: Annotated[float, Field(ge=0, le=100)]
-    top5: Annotated[float, Field(ge=0, le=100)] | None = None
+    top1: Percent
+    top5: Percent | None = None
 
 
 class Measured(Section):
@@ -64,8 +57,8 @@ class Measured(Section):
 
     bits: Bits
     method: MethodName
-    top1: Annotated[float, Field(ge=0, le=100)]
-    epochs: int
+    top1: Percent
+    epochs: AtLeastZero
     seeds: Count
     note: str = ""
 
@@ -73,7 +66,7 @@ class Measured(Section):
 class Model(Section):
     """The float model."""
 
-    name: Annotated[str, Field(min_length=1)] = "resnet18"
+    name: Name = "resnet18"
     pretrained: bool = False
     initial_checkpoint: str | None = None
     num_classes: Count | None = None
@@ -94,8 +87,8 @@ class Teacher(Section):
 class Augment(Section):
     """What training images go through; timm's names. `crop_pad` pads and crops instead of resizing."""
 
-    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.08, 1.0]
-    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.75, 1.3333]
+    scale: Range = [0.08, 1.0]
+    ratio: Range = [0.75, 1.3333]
     hflip: Share = 0.5
     vflip: Share = 0.0
     color_jitter: Rate | None = None
@@ -104,15 +97,15 @@ class Augment(Section):
     remode: str = "pixel"
     recount: Count = 1
     train_interpolation: str | None = None
-    crop_pad: Annotated[int, Field(ge=0)] | None = None
+    crop_pad: AtLeastZero | None = None
     no_aug: bool = False
     mixup: Rate = 0.0
     cutmix: Rate = 0.0
     mixup_prob: Share = 1.0
     mixup_switch_prob: Share = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    mixup_off_epoch: Annotated[int, Field(ge=0)] = 0
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup_off_epoch: AtLeastZero = 0
+    smoothing: BelowOne = 0.0
 
 
 class Data(Section):
@@ -122,18 +115,18 @@ class Data(Section):
     data_dir: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
-    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    hold_out: Annotated[float, Field(ge=0, le=0.5), NUMBER] = 0.0
     download: bool = False
     class_map: str = ""
     input_size: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: Annotated[list[Number], Field(min_length=1, max_length=4)] | None = None
+    std: Annotated[list[Positive], Field(min_length=1, max_length=4)] | None = None
     interpolation: str | None = None
     crop_pct: Positive | None = None
     crop_mode: str | None = None
     batch_size: Count = 128
     validation_batch_size: Count | None = None
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: AtLeastZero = 2
     pin_mem: bool = False
     augment: Augment = Augment()
 
@@ -161,12 +154,18 @@ class Calibration(Section):
 class Rule(Section):
     """An exception for the layers whose name matches; the last that matches wins."""
 
-    match: Annotated[str, Field(min_length=1)]
+    match: LayerPattern
     bits: Bits | None = None
     method: MethodName | None = None
     granularity: Literal["tensor", "channel"] | None = None
     signed: bool | None = None
     skip: bool = False
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Rule:
+        if self.model_fields_set == {"match"}:
+            raise ValueError("must also say what is different: bits, method, granularity, signed or skip")
+        return self
 
 
 class Quant(Section):
@@ -176,7 +175,7 @@ class Quant(Section):
     method: MethodName = "nulsq-wa"
     granularity: Literal["tensor", "channel"] = "tensor"
     init: Init = Init()
-    signed: Literal["auto"] | bool = "auto"
+    signed: AutoOrBool = "auto"
     first_last: FirstLast = FirstLast()
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
@@ -186,7 +185,7 @@ class Quant(Section):
 class Weights(Section):
     """The optimizer of the weights. timm's `sgd` is Nesterov; `momentum` is plain."""
 
-    opt: str = "momentum"
+    opt: Name = "momentum"
     lr: Rate = 0.01
     weight_decay: Rate = 1e-4
     momentum: Share = 0.9
@@ -198,7 +197,7 @@ class Weights(Section):
 class Steps(Section):
     """The optimizer of the steps."""
 
-    opt: str = "adamw"
+    opt: Name = "adamw"
     lr: Rate = 1e-3
     weight_decay: Rate = 0.0
     momentum: Share = 0.9
@@ -217,9 +216,9 @@ class Optimizer(Section):
 class Schedule(Section):
     """Rates are those of the weights; the steps' rate follows in proportion."""
 
-    sched: str = "cosine"
-    epochs: Annotated[int, Field(ge=0)] = 10
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    sched: Name = "cosine"
+    epochs: AtLeastZero = 10
+    warmup_epochs: AtLeastZero = 0
     warmup_lr: Rate = 1e-5
     min_lr: Rate = 0.0
 
@@ -227,15 +226,15 @@ class Schedule(Section):
 class BatchNorm(Section):
     """BatchNorm: re-estimated once the quantizers are on; frozen from an epoch on, if wanted."""
 
-    freeze_after: Annotated[int, Field(ge=0)] | None = None
-    reestimate_samples: Annotated[int, Field(ge=0)] = 2048
+    freeze_after: AtLeastZero | None = None
+    reestimate_samples: AtLeastZero = 2048
 
 
 class Ema(Section):
     """An average of weights and steps, which is then what is evaluated and exported."""
 
     enabled: bool = False
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
+    decay: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.9998
     warmup: bool = True
 
 
@@ -245,7 +244,7 @@ class Engine(Section):
     device: str = "auto"
     amp: Literal["bfloat16", "float16"] | None = None
     grad_accum_steps: Count = 1
-    compile: Literal["auto"] | bool = "auto"
+    compile: AutoOrBool = "auto"
     deterministic: bool = False
 
 
@@ -276,7 +275,7 @@ class Recipe(Section):
     description: str = ""
     published: list[Published] = []
     measured: list[Measured] = []
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = 42
     model: Model = Model()
     teacher: Teacher = Teacher()
     data: Data = Data()
@@ -293,14 +292,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        size, mean, std = self.data.input_size, self.data.mean, self.data.std
-        for name, values in (("mean", mean), ("std", std)):
+        wrong = []  # `key: what`, so that the complaint finds its line
+        size, rate = self.data.input_size, self.optimizer.weights.lr
+        for name, values in (("mean", self.data.mean), ("std", self.data.std)):
             if values is not None and size is not None and len(values) not in (1, size[0]):
-                raise ValueError(f"data.{name} has {len(values)} values for images of {size[0]} channels")
+                wrong.append(f"data.{name}: has {len(values)} values for images of {size[0]} channels")
+        if self.schedule.min_lr > rate:
+            low = f"{self.schedule.min_lr:g}"
+            wrong.append(f"schedule.min_lr: must not exceed optimizer.weights.lr, {rate:g}, got {low}")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     def to_yaml(self) -> str:
         """The recipe with everything resolved; it runs again as it is."""
-        import yaml
-
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return dump(self.model_dump(mode="json"))

@@ -25,7 +25,8 @@ _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 _BOOL = re.compile(rf"(?:{'|'.join(form for w in _WORDS for form in (w, w.capitalize(), w.upper()))})\Z")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)\Z")
 _FLOAT = re.compile(
-    r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=e))(?:e[-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z", re.I | re.A
+    r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=e))(?:e[-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z",
+    re.I | re.A,
 )
 
 
@@ -97,7 +98,8 @@ def read(text: str, name: str) -> tuple[Node, list[str]]:
     if node.bare:
         return Node({}, f"{name}:1"), complaints
     if not isinstance(node.value, dict):
-        raise RecipeError("is no recipe: it must be a mapping of sections", where=name)
+        raise RecipeError("is no recipe: it must be a mapping of sections", where=node.place,
+                          fix="`nulsq cat quickstart` shows a recipe")  # fmt: skip
     return node, complaints
 
 
@@ -149,7 +151,10 @@ def places(node: Node, at: Key = ()) -> Places:
 
 
 def merge(base: Node | None, top: Node) -> Node:
-    """Mappings are merged, all else is replaced; `key+` appends to a list; `key:` with nothing after it changes nothing."""
+    """Mappings are merged, all else is replaced.
+
+    `key+` appends to a list. `key:` with nothing after it changes no section and no list.
+    """
     if not isinstance(top.value, dict):
         return base if base and top.bare and isinstance(base.value, dict | list) else top
     if base and isinstance(base.value, list) and top.value and all(k.isdigit() for k in top.value):
@@ -190,7 +195,8 @@ def _compose(text: str, name: str, lines: bool = True) -> tuple[Node, list[str]]
     except yaml.YAMLError as reason:
         problem = getattr(reason, "problem", None) or "it holds characters that YAML does not allow"
         what = problem if problem.startswith("is ") else f"is no valid YAML: {problem}"
-        raise RecipeError(what, where=place(getattr(reason, "problem_mark", None))) from reason
+        raise RecipeError(what, where=place(getattr(reason, "problem_mark", None)),
+                          fix="indent with spaces, and put text that holds : or # in quotes") from reason  # fmt: skip
     if root is None:
         return Node(None, name, bare=True), []
     complaints: list[str] = []
@@ -201,14 +207,15 @@ def _compose(text: str, name: str, lines: bool = True) -> tuple[Node, list[str]]
         seen += 1
         here = place(node.start_mark)
         if depth > DEEPEST or seen > MOST_NODES:  # aliases can make a short text endless
-            raise RecipeError("is nested too deeply, or repeats itself through aliases", where=here)
+            raise RecipeError("is nested too deeply, or repeats itself through aliases", where=here,
+                              fix="write it without & and *")  # fmt: skip
         if isinstance(node, yaml.ScalarNode):
             value, complaint = _scalar(node)
             if complaint:
                 complaints.append(f"{here}: {complaint}")
             return Node(value, here, bare=node.value == "" and node.style is None and value is None)
-        if not node.tag.startswith(_TAG):
-            complaints.append(f"{here}: tags such as {node.tag} are not read")
+        if node.tag not in (f"{_TAG}seq", f"{_TAG}map"):
+            complaints.append(f"{here}: tags such as {node.tag.replace(_TAG, '!!')} are not read")
         if isinstance(node, yaml.SequenceNode):
             return Node([walk(item, depth + 1) for item in node.value], here)
         values: dict[str, Node] = {}

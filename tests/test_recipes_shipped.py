@@ -1,0 +1,92 @@
+"""Every shipped recipe is right, says what it is for, and quotes the paper exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nulsq_cli import recipe
+from nulsq_cli.errors import suggest
+
+NAMES = [name for name, _ in recipe.shipped()]
+
+# The poster's table -> the recipe that carries its rows. Bits that are not printed are inferred (see the recipes).
+TABLES = {
+    "imagenet-mobilenetv2": ("imagenet_mobilenetv2", None),
+    "imagenet-resnet18": ("imagenet_resnet18", "2/2"),
+    "cifar100-resnet20": ("cifar100_preresnet20", None),
+    "cifar100-resnet56": ("cifar100_preresnet56", None),
+    "imagenet-swin-t": ("imagenet_swin_tiny", None),
+    "imagenet-convnext": ("imagenet_convnext_tiny", None),
+    "imagenet-mobilenetv2-distilled": ("imagenet_mobilenetv2_kd", "4/4"),
+}
+OURS = ("lsq", "nulsq-a", "nulsq-w", "nulsq-wa")
+
+
+def test_the_defaults_of_finetune_are_shipped():
+    assert {"quickstart", "quickstart-float", "imagenet"} <= set(NAMES)
+    assert sorted(NAMES) == NAMES
+
+
+def test_bases_are_not_listed():
+    assert not [name for name in NAMES if "/" in name or name == "cifar"]
+    assert suggest("imagene", NAMES) == "did you mean 'imagenet'?"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_resolves_to_one_that_runs_alone(name, tmp_path):
+    r = recipe.load(name)
+    assert r.description and "\n" not in r.description
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(r.to_yaml(), encoding="utf-8")
+    assert recipe.load(copy) == r
+    assert "extends" not in r.to_yaml()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_method_and_bits_of_a_reproduction_have_a_published_figure(name):
+    r = recipe.load(name)
+    if r.published:
+        assert (r.quant.bits, r.quant.method) in [(row.bits, row.method) for row in r.published]
+
+
+def test_the_quickstart_needs_nothing():
+    for name in ("quickstart", "quickstart-float"):
+        r = recipe.load(name)
+        assert (r.data.dataset, r.data.data_dir, r.teacher.name) == ("nulsq/digits", None, None)
+        assert r.model.initial_checkpoint is None
+    assert str(recipe.load("quickstart-float").quant.bits) == "32/32"
+
+
+def test_the_released_settings_of_the_authors():
+    for name in (n for n in NAMES if n.startswith("cifar")):
+        r = recipe.load(name)
+        w, s = r.optimizer.weights, r.optimizer.steps
+        assert (w.opt, w.lr, w.weight_decay, w.momentum, w.filter_bias_and_bn) == ("momentum", 0.04, 1e-4, 0.9, False)
+        assert (s.opt, s.lr, s.weight_decay) == ("adamw", 4e-4, 1e-4)
+        assert (r.schedule.sched, r.schedule.epochs, r.schedule.warmup_epochs, r.schedule.min_lr) == ("cosine", 300, 10, 0)
+        assert (r.data.batch_size, r.data.augment.crop_pad, r.data.augment.hflip) == (128, 4, 0.5)
+        assert r.data.dataset == f"torch/{name.split('_')[0]}"
+        assert r.model.num_classes == int(name.split("_")[0].removeprefix("cifar"))
+
+
+def test_published_figures_are_the_poster_s(shared: Path):
+    """Every LSQ and nuLSQ row of the poster is in its recipe, with its figure, and nothing else is."""
+    tables = json.loads((shared / "poster.json").read_text())["tables"]
+    assert {t["id"] for t in tables} == set(TABLES)
+    wanted = {
+        (TABLES[t["id"]][0], row["bits"] or TABLES[t["id"]][1], method): tuple(v) if isinstance(v := row[method], list) else (v, None)
+        for t in tables for row in t["rows"] for method in OURS if row.get(method) is not None
+    }  # fmt: skip
+    found = {(name, str(p.bits), p.method): (p.top1, p.top5) for name in NAMES for p in recipe.load(name).published}
+    assert found == wanted
+    assert sum(len(recipe.load(name).published) for name in NAMES) == len(found)
+
+
+def test_the_float_figure_is_quoted_where_there_is_one(shared: Path):
+    for table in json.loads((shared / "poster.json").read_text())["tables"]:
+        name, _ = TABLES[table["id"]]
+        if "distilled" not in table["id"]:
+            assert f"{table['float_top1']}" in recipe.load(name).description
