@@ -209,10 +209,11 @@ def _first_and_last(model: nn.Module, seen: dict[str, Seen]) -> dict[str, str]:
     """Name to reason for the layers at both ends; by timm's own notes where it has them."""
     config = getattr(model, "pretrained_cfg", None) or {}
     in_order = sorted(seen, key=lambda name: seen[name].order)
+    modules = dict(model.named_modules())
     ends: dict[str, str] = {}
     for key, fallback, reason in (("first_conv", 0, "first layer"), ("classifier", -1, "last layer")):
         noted = config.get(key) or ()
-        names = [n for n in ([noted] if isinstance(noted, str) else noted) if n in seen]
+        names = [n for n in ([noted] if isinstance(noted, str) else noted) if n in modules]
         if not names and in_order:
             names, reason = [in_order[fallback]], f"{reason} in forward order"
         ends.update(dict.fromkeys(names, reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from timm.layers import Conv2dSame
+from timm.layers import Linear as TimmLinear
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +81,7 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv2d: QuantConv2d,
     Conv2dSame: QuantConv2dSame,
     nn.Linear: QuantLinear,
+    TimmLinear: QuantLinear,  # differs from nn.Linear under TorchScript alone
 }
 
 

@@ -54,7 +54,7 @@ MISTAKES = [
     ("quant: {bits: 3}", "quant.bits: bits must be WEIGHTS/ACTIVATIONS, got '3'"),
     ("quant: {bits: 3:3}", "quant.bits: must be weight bits/activation bits, got 3:3; write 3/3"),
     ("quant: {bits: {w: 3}}", "quant.bits: bits must be WEIGHTS/ACTIVATIONS"),
-    ("quant: {method: nulsq-aw}", "quant.method: no method called 'nulsq-aw'; did you mean 'nulsq-a'?"),
+    ("quant: {method: lsqq}", "quant.method: no method called 'lsqq'; did you mean 'lsq'?"),
     ("quant: {method: [lsq]}", "quant.method: no method called ['lsq']"),
     ("quant: {init: {weights: nmes}}", "quant.init.weights: no initializer called 'nmes'; did you mean 'nmse'?"),
     ("quant: {signed: maybe}", "quant.signed: must be auto, true or false, got 'maybe'"),
@@ -131,16 +131,20 @@ def test_a_mistake_is_one_sentence_with_its_line(write, text, said):
 
 
 def test_the_line_is_that_of_the_key(write):
-    path = write("schedule:\n  epochs: -1\nquant:\n  rules:\n    - match: a\n      bits: 1/1\n\ndata:\n  mean:\n  - 0\n  - x\n")
+    quant = "quant:\n  rules:\n    - match: a\n      bits: 1/1\n\n"
+    path = write(f"schedule:\n  epochs: -1\n{quant}data:\n  mean:\n  - 0\n  - x\n")
     assert [c.split(": ")[:2] for c in complaints(path)] == [
-        ["r.yaml:11", "data.mean.1"], ["r.yaml:6", "quant.rules.0.bits"], ["r.yaml:2", "schedule.epochs"],
-    ]  # fmt: skip
+        ["r.yaml:11", "data.mean.1"],
+        ["r.yaml:6", "quant.rules.0.bits"],
+        ["r.yaml:2", "schedule.epochs"],
+    ]
 
 
 def test_all_complaints_come_at_once_and_unknown_keys_first(write):
     found = complaints(write("seed: -1\nseed: -2\nquant: {bits: 9/9, method: x, bist: 3/3}\nscedule: {}\n"))
     assert ["unknown key 'quant.bist'" in found[0], "unknown key 'scedule'" in found[1]] == [True, True]
-    assert [any(word in c for c in found[2:]) for word in ("duplicate key 'seed'", "quant.bits", "quant.method")] == [True] * 3
+    for word in ("duplicate key 'seed'", "quant.bits", "quant.method"):
+        assert any(word in c for c in found[2:])
     assert "got -2" in "\n".join(found)
     assert len(found) == 6
 
@@ -157,7 +161,7 @@ def test_flags_and_changes_are_named_as_they_were_typed(write):
     path = write("seed: 1\n")
     flags = {"optimizer.weights.lr": ("--lr", -1.0), "quant.bits": ("--bits", "1/1")}
     said = complaints(path, flags=flags, overrides=["data.workers=-1", "data.batchsize=2", "quant.rules+={match: ''}"])
-    assert [c.split(": ")[0] for c in said] == ["<command line>", "<command line>", "<command line>", "--bits", "--lr"]
+    assert [c.split(": ")[0] for c in said] == ["<command line>", "<command line>", "--bits", "<command line>", "--lr"]
     assert "unknown key 'data.batchsize' (did you mean 'data.batch_size'" in said[0]
 
 
@@ -190,7 +194,9 @@ def test_files_that_are_no_recipes(write, tmp_path):
     write("#" * (source.LARGEST_FILE + 1), "large.yaml")
     assert complaints(Path("large.yaml")) == ["large.yaml: is too large for a recipe"]
     assert complaints(write("description: \x01\n"))[0].startswith("r.yaml: is no valid YAML")
-    laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijklmnopqr", "bcdefghijklmnopqrs", strict=True))
+    letters = "abcdefghijklmnopqrs"
+    laughs = "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip(letters, letters[1:], strict=False))
+    laughs = "a: &a [x, x]\n" + laughs
     assert complaints(write(laughs))[0].endswith("repeats itself through aliases")
     assert complaints(write("x: [" + "1," * source.MOST_NODES + "]\n"))[0].endswith("is too long for a recipe")
 
@@ -236,7 +242,7 @@ def test_lists_are_replaced_and_plus_appends(write):
     path = write("extends: [base]\nquant: {rules+: [{match: b, skip: true}]}\n")
     appended = recipe.load(path, overrides=["quant.rules+={match: c, bits: 2/2}", "quant.rules.0.skip=no"])
     assert [(x.match, x.skip) for x in appended.quant.rules] == [("a", False), ("b", True), ("c", False)]
-    alone = recipe.load(write("quant:\n  rules+:\n    - {match: z, bits: 8/8}\n"))
+    alone = recipe.load(write("quant:\n  rules+:\n    - {match: z, bits: 8/8}\n", "alone.yaml"))
     assert alone.quant.rules[0].bits == Bits(8, 8)
     with pytest.raises(RecipeError, match="no number 3 in this list of 2"):
         recipe.load(path, overrides=["quant.rules.3.skip=no"])
@@ -262,11 +268,33 @@ def test_bits(write, written, means):
 
 @pytest.mark.parametrize(
     ("written", "means"),
-    [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.5e-3", 1.5e-3), (".5", 0.5), ("1", 1), ("+1_0", 10), ("0", 0), ("2e2", 200.0),
-     ("yes", True), ("No", False), ("off", False), ("~", None), ("null", None), ("y", "y"), ("1:30", "1:30"),
-     ("2026-01-01", "2026-01-01"), ("010", "010"), ("0x10", "0x10"), ("1e", "1e"), ("'1e-3'", "1e-3"), ("'no'", "no"),
-     ("!!str 3", "3"), ("１", "１"), ("[1e-6, no]", [1e-6, False])],
-)  # fmt: skip
+    [
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("1.5e-3", 1.5e-3),
+        (".5", 0.5),
+        ("1", 1),
+        ("+1_0", 10),
+        ("0", 0),
+        ("2e2", 200.0),
+        ("yes", True),
+        ("No", False),
+        ("off", False),
+        ("~", None),
+        ("null", None),
+        ("y", "y"),
+        ("1:30", "1:30"),
+        ("2026-01-01", "2026-01-01"),
+        ("010", "010"),
+        ("0x10", "0x10"),
+        ("1e", "1e"),
+        ("'1e-3'", "1e-3"),
+        ("'no'", "no"),
+        ("!!str 3", "3"),
+        ("１", "１"),
+        ("[1e-6, no]", [1e-6, False]),
+    ],
+)
 def test_scalars_mean_what_they_look_like(write, written, means):
     value = recipe.load(write(f"model: {{kwargs: {{x: {written}}}}}")).model.kwargs["x"]
     assert (value, type(value)) == (means, type(means))
@@ -278,10 +306,19 @@ def test_origins(write):
     path = write("extends: [base]\n\nquant:\n  rules+:\n    - match: a\n      skip: true\ndata: {mean: [1]}\n")
     where = recipe.origins(path, flags={"data.workers": ("--workers", 0)}, overrides=["log.interval=3"])
     wanted = {
-        "seed": "base.yaml:2", "quant.bits": "base.yaml:3", "quant.method": "default", "quant.rules.0.match": "r.yaml:5",
-        "quant.rules.0.bits": "default", "quant.rules.0.skip": "r.yaml:6", "data.mean": "r.yaml:7", "data.std": "default",
-        "data.workers": "--workers", "log.interval": "<command line>", "description": "default", "quant.options": "default",
-    }  # fmt: skip
+        "seed": "base.yaml:2",
+        "quant.bits": "base.yaml:3",
+        "quant.method": "default",
+        "quant.rules.0.match": "r.yaml:5",
+        "quant.rules.0.bits": "default",
+        "quant.rules.0.skip": "r.yaml:6",
+        "data.mean": "r.yaml:7",
+        "data.std": "default",
+        "data.workers": "--workers",
+        "log.interval": "<command line>",
+        "description": "default",
+        "quant.options": "default",
+    }
     assert {key: where[key] for key in wanted} == wanted
 
 
@@ -312,25 +349,48 @@ def test_the_schema_file_is_up_to_date():
 # ---- properties -----------------------------------------------------------------------------------
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-tricky = st.sampled_from(["no", "yEs", "1e-3", "1e3", ".inf", "~", "", "null", "3:3", "010", "2026-01-01", "- a", "a: b", "#x", "<<", "=", "\ufeff", "1_0"])
+tricky = st.sampled_from(
+    ["", "no", "yEs", "1e-3", "1e3", ".inf", "~", "3:3", "010", "2026-01-01", "#x", "<<", "=", "\ufeff", "- a", "a: b"]
+)
 words = text | tricky
 scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False) | words
-free = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8)
+free = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8
+)
 widths = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 32])
 rules = st.fixed_dictionaries(
     {"match": text.map(lambda t: f"a{t}"), "skip": st.booleans()},
-    optional={"bits": st.builds("{}/{}".format, widths, widths), "method": st.sampled_from(["lsq", "nulsq-w"]), "signed": st.booleans()},
-)  # fmt: skip
-recipes = st.fixed_dictionaries({
-    "description": words,
-    "seed": st.integers(0, 2**63 - 1),
-    "model": st.fixed_dictionaries({"kwargs": st.dictionaries(words, free, max_size=4), "initial_checkpoint": st.none() | words}),
-    "quant": st.fixed_dictionaries({"bits": st.builds("{}/{}".format, widths, widths), "rules": st.lists(rules, max_size=3),
-                                    "signed": st.sampled_from(["auto", True, False])}),
-    "optimizer": st.fixed_dictionaries({"steps": st.fixed_dictionaries({"lr": st.floats(0, 1e300)}),
-                                        "clip_grad": st.none() | st.floats(1e-300, 1e9)}),
-    "data": st.fixed_dictionaries({"mean": st.none() | st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=4), "val_split": words}),
-})  # fmt: skip
+    optional={
+        "bits": st.builds("{}/{}".format, widths, widths),
+        "method": st.sampled_from(["lsq", "nulsq-w"]),
+        "signed": st.booleans(),
+    },
+)
+recipes = st.fixed_dictionaries(
+    {
+        "description": words,
+        "seed": st.integers(0, 2**63 - 1),
+        "model": st.fixed_dictionaries(
+            {"kwargs": st.dictionaries(words, free, max_size=4), "initial_checkpoint": st.none() | words}
+        ),
+        "quant": st.fixed_dictionaries(
+            {
+                "bits": st.builds("{}/{}".format, widths, widths),
+                "rules": st.lists(rules, max_size=3),
+                "signed": st.sampled_from(["auto", True, False]),
+            }
+        ),
+        "optimizer": st.fixed_dictionaries(
+            {
+                "steps": st.fixed_dictionaries({"lr": st.floats(0, 1e300)}),
+                "clip_grad": st.none() | st.floats(1e-300, 1e9),
+            }
+        ),
+        "data": st.fixed_dictionaries(
+            {"mean": st.none() | st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=4), "val_split": words}
+        ),
+    }
+)
 
 
 @given(recipes)
@@ -361,8 +421,8 @@ def test_no_text_is_a_traceback(text):
 
 @given(free)
 def test_no_value_of_a_known_key_is_a_traceback(value):
-    for key in ("quant", "quant.bits", "quant.method", "quant.signed", "quant.rules", "quant.rules+", "data.augment.scale", "seed",
-                "engine.amp", "model.kwargs", "export", "published", "version", "teacher"):  # fmt: skip
+    keys = "quant quant.bits quant.method quant.signed quant.rules quant.rules+ data.augment.scale seed engine.amp"
+    for key in (*keys.split(), "model.kwargs", "export", "published", "version", "teacher"):
         try:
             recipe.load("quickstart", flags={key: ("--flag", value)})
         except NulsqError as said:

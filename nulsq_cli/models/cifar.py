@@ -156,9 +156,7 @@ class PreUnit(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.ModuleDict(
-            {"conv1": PreConv(inputs, outputs, stride), "conv2": PreConv(outputs, outputs)}
-        )
+        self.body = nn.ModuleDict({"conv1": PreConv(inputs, outputs, stride), "conv2": PreConv(outputs, outputs)})
         changes = stride != 1 or inputs != outputs
         self.identity_conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
 
@@ -194,9 +192,7 @@ class CifarPreResNet(SmallImageNet):
         for number, outputs in enumerate(WIDTHS, 1):
             stage = nn.Sequential()
             for unit in range(1, blocks + 1):
-                stage.add_module(
-                    f"unit{unit}", PreUnit(inputs, outputs, stride=2 if unit == 1 and number > 1 else 1)
-                )
+                stage.add_module(f"unit{unit}", PreUnit(inputs, outputs, stride=2 if unit == 1 and number > 1 else 1))
                 inputs = outputs
             self.features.add_module(f"stage{number}", stage)
         self.features.add_module("post_activ", NormAct(inputs))

@@ -24,7 +24,7 @@ def encode(x: Tensor, thresholds: Tensor) -> Tensor:
         uint8, shaped like x, in 0..K-1. NaN gets the last code.
     """
     if thresholds.ndim == 1:
-        return torch.bucketize(x, thresholds, out_int32=True).to(torch.uint8)
+        return torch.bucketize(x.contiguous(), thresholds, out_int32=True).to(torch.uint8)
     rows = x.reshape(x.shape[0], -1).contiguous()
     return torch.searchsorted(thresholds, rows, out_int32=True).to(torch.uint8).view(x.shape)
 

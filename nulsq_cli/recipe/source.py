@@ -225,7 +225,7 @@ def _compose(text: str, name: str, lines: bool = True) -> tuple[Node, list[str]]
                 complaints.append(f"{at}: a key must be a word")
                 continue
             key = key_node.value
-            if key == "<<":
+            if key == "<<" and key_node.style is None:
                 complaints.append(f"{at}: << is not read here; write extends: [recipe] at the top")
                 continue
             if key in values:

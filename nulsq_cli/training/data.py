@@ -7,7 +7,9 @@ before: a run that was killed can go on in the middle of an epoch with the same 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -84,9 +86,7 @@ class Stream(IterableDataset):
     length, that of one process's share, as exact as the reader's own figure.
     """
 
-    def __init__(
-        self, dataset: IterableDataset, transform: Transform, seed: int | None = None, rank: int = 0
-    ) -> None:
+    def __init__(self, dataset: IterableDataset, transform: Transform, seed: int | None = None, rank: int = 0) -> None:
         self.dataset, self.transform, self.seed, self.rank = dataset, transform, seed, rank
         self.epoch = 0
 
@@ -254,9 +254,7 @@ class Failure:
     error: NulsqError
 
 
-def _loader(
-    dataset: Dataset, workers: int, pin_memory: bool, *, keep_workers: bool = False, **how: Any
-) -> Loader:
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, *, keep_workers: bool = False, **how: Any) -> Loader:
     fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
     return Loader(
         dataset,
@@ -284,6 +282,16 @@ def _collate(items: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # an interrupt is the main process's business: it finishes its step, saves, and stops the workers
+    # Ctrl-C, and a SIGTERM to the whole group (torchrun, slurm), are the main process's business: it finishes its
+    # step, saves, and stops the workers. Only its own SIGTERM ends a worker, which would else outlive it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler, which a fork inherits
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_the_end(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -180,9 +180,7 @@ def _check_class_folders(root: Path, found: list[str]) -> None:
         )  # fmt: skip
 
 
-def _open_torchvision(
-    name: str, data_dir: str | Path | None, split: str, download: bool, mode: str
-) -> Pictures:
+def _open_torchvision(name: str, data_dir: str | Path | None, split: str, download: bool, mode: str) -> Pictures:
     name = {"inat": "inaturalist", "folder": "image_folder"}.get(name, name)
     if name not in TORCHVISION:
         raise UsageError(f"no torchvision dataset called {name!r}", fix=suggest(name, TORCHVISION))

@@ -49,17 +49,13 @@ class Pictures(Dataset):
             else:
                 image, label = self.source[index]
                 image = image if image.mode == self.mode else image.convert(self.mode)
-        except (
-            Exception
-        ) as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error ...
+        except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error ...
             raise InputError(
                 f"cannot read this image: {first_line(error)}", where=self.filename(index),
                 fix="replace or remove the file",
             ) from None  # fmt: skip
         if label is None or int(label) < 0:
-            raise InputError(
-                "this image has no class", where=self.filename(index), fix="use a split with labels"
-            )
+            raise InputError("this image has no class", where=self.filename(index), fix="use a split with labels")
         return image, int(label)
 
     def filename(self, index: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -27,9 +29,7 @@ def image_mode(channels: int) -> str:
         UsageError: neither 1 nor 3.
     """
     if channels not in IMAGE_MODES:
-        raise UsageError(
-            f"images have 1 or 3 channels, the model takes {channels}", fix="use in_chans 1 or 3"
-        )
+        raise UsageError(f"images have 1 or 3 channels, the model takes {channels}", fix="use in_chans 1 or 3")
     return IMAGE_MODES[channels]
 
 
@@ -67,18 +67,14 @@ def resolve_data(
             own[key] = (sum(own[key]) / len(own[key]),) * channels
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, channels):
-            raise UsageError(
-                f"{key} needs 1 or {channels} values, got {len(values)}", fix="one value per channel"
-            )
+            raise UsageError(f"{key} needs 1 or {channels} values, got {len(values)}", fix="one value per channel")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UsageError(f"crop_pct must be above 0 and at most 1, got {crop_pct}", fix="0.875 is usual")
     given = {"input_size": (channels, *size), "mean": mean, "std": std, "interpolation": interpolation}
     given |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
     config = resolve_data_config(given, pretrained_cfg=own, use_test_size=False)
     if min(config["std"]) <= 0:
-        raise UsageError(
-            f"std must be above 0, got {config['std']}", fix="give the deviation of each channel"
-        )
+        raise UsageError(f"std must be above 0, got {config['std']}", fix="give the deviation of each channel")
     pick(dict.fromkeys(INTERPOLATIONS), config["interpolation"], "interpolation")
     pick(dict.fromkeys(CROP_MODES), config["crop_mode"], "crop mode")
     return config
@@ -114,9 +110,7 @@ def build_transforms(
         UsageError: an option that timm cannot build a transform from.
     """
     common = {key: data_config[key] for key in ("input_size", "mean", "std")}
-    plain = create_transform(
-        **common, **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    )
+    plain = create_transform(**common, **{key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")})
     if no_aug:
         return plain, plain
     if crop_pad is not None and crop_pad < 0:
@@ -132,8 +126,11 @@ def build_transforms(
             interpolation=train_interpolation or data_config["interpolation"],
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = str(error) or f"aa={aa!r}, remode={remode!r}, train_crop_mode={train_crop_mode!r}"
-        raise UsageError(f"no such augmentation: {reason}", fix="see timm's create_transform") from error
+        asked = {"aa": aa, "color_jitter": color_jitter, "remode": remode, "train_crop_mode": train_crop_mode}
+        named = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
+        reason = f": {error}" if str(error) else ""
+        raise UsageError(f"no such augmentation, {named}{reason}", fix="see timm's create_transform") from error
+    _mend_posterize(colours)
     steps = geometry.transforms
     if crop_pad is not None:
         # first to the size that evaluation sees (nothing happens if the image has it), then pad and crop
@@ -179,22 +176,31 @@ def build_mixup(
     )  # fmt: skip
 
 
+def _mend_posterize(colours: transforms.Compose) -> None:
+    """Let timm's policies posterize to 0 bits: a strong one asks for that, and Pillow from 12 on refuses it."""
+    for step in colours.transforms:
+        policies = [*getattr(step, "policy", ()), getattr(step, "ops", ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    return posterize(image, bits) if bits else image.point(lambda _: 0)
+
+
 _TO_TENSOR = (transforms.ToTensor, transforms.Normalize)
 _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 
 
-def _size(
-    model: nn.Module, asked: Sequence[int] | None, own: tuple[int, ...], channels: int
-) -> tuple[int, ...]:
+def _size(model: nn.Module, asked: Sequence[int] | None, own: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """Height and width: as asked, else as the model was built, else as its settings say."""
     embedding = getattr(model, "patch_embed", None)
     fixed = getattr(embedding, "img_size", None) if getattr(embedding, "strict_img_size", False) else None
     if asked is None:
         return tuple(fixed or own)
     if len(asked) != 3 or min(asked) < 1:
-        raise UsageError(
-            f"input_size needs channels, height and width, got {list(asked)}", fix="e.g. 3 224 224"
-        )
+        raise UsageError(f"input_size needs channels, height and width, got {list(asked)}", fix="e.g. 3 224 224")
     if asked[0] != channels:
         raise UsageError(
             f"input_size asks for {asked[0]} channels, the model takes {channels}",

@@ -1,5 +1,8 @@
+import multiprocessing
 import pickle
 import random
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from nulsq_cli.errors import InputError, UsageError
+from nulsq_cli.training import data
 from nulsq_cli.training.data import (
     Samples,
     eval_loader,
@@ -216,6 +220,33 @@ def test_an_unreadable_image_comes_out_of_a_worker_as_the_same_error(workers):
             list(loader)
         error = caught.value
         assert (error.what, error.where, error.fix) == ("cannot read this image", "file 7", "remove it")
+
+
+def wait_as_worker(ready):
+    data._start_worker(0)
+    ready.set()
+    signal.pause()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo on this system")
+def test_a_worker_is_ended_by_its_main_process_and_by_nobody_else():
+    handled = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: handled.append(1))  # what a training loop installs
+    try:
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        worker = fork.Process(target=wait_as_worker, args=(ready,), daemon=True)
+        worker.start()
+        assert ready.wait(30)
+        for name in ("TERM", "INT", "TERM"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        worker.join(timeout=0.5)
+        assert worker.is_alive()
+        worker.terminate()
+        worker.join(timeout=30)
+        assert worker.exitcode == 0 and not handled
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_samples_can_be_sent_to_another_process():

@@ -104,6 +104,25 @@ def test_augmentations_that_do_not_exist_are_usage_errors(options):
     assert caught.value.fix and next(iter(options)) in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("aa", ["rand-m10-inc1", "augmix-m10", "original"])
+def test_the_strongest_posterize_makes_a_black_image(aa, mode):
+    config = GREY if mode == "L" else CIFAR
+    train, _ = build_transforms(config, aa=aa)
+    steps = [step for step in train.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
+    found = [
+        operation.aug_fn
+        for step in steps
+        for policy in [*getattr(step, "policy", ()), getattr(step, "ops", ())]
+        for operation in policy
+        if "posterize" in operation.aug_fn.__name__
+    ]
+    assert found
+    for posterize in found:
+        assert not np.array(posterize(picture(8, 8, mode), 0)).any()
+        assert np.array_equal(posterize(picture(8, 8, mode), 4), np.array(picture(8, 8, mode)) & 0xF0)
+
+
 def test_data_settings_come_from_the_model_and_what_is_given_wins():
     model = create_float_model("preresnet20_cifar")
     own = resolve_data(model)
