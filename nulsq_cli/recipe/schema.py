@@ -31,7 +31,13 @@ from nulsq_cli.values import Bits as _Bits
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        arbitrary_types_allowed=True,
+        ser_json_inf_nan="constants",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -160,12 +166,6 @@ class Rule(Section):
     granularity: Literal["tensor", "channel"] | None = None
     signed: bool | None = None
     skip: bool = False
-
-    @model_validator(mode="after")
-    def _changes_something(self) -> Rule:
-        if self.model_fields_set == {"match"}:
-            raise ValueError("must also say what is different: bits, method, granularity, signed or skip")
-        return self
 
 
 class Quant(Section):

@@ -62,6 +62,11 @@ class _Writer(yaml.SafeDumper):
         short = not any(isinstance(item, dict | list) for item in sequence)
         return super().represent_sequence(tag, sequence, flow_style=short)
 
+    def represent_str(self, data: str) -> Any:
+        # PyYAML folds these line breaks away in every other style.
+        style = '"' if any(c in data for c in "\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar(f"{_TAG}str", data, style=style)
+
 
 for _kind, _form, _first in (
     ("null", _NULL, ["~", "n", "N", ""]),
@@ -70,6 +75,7 @@ for _kind, _form, _first in (
     ("float", _FLOAT, list("-+.0123456789")),
 ):
     _Reader.add_implicit_resolver(f"{_TAG}{_kind}", _form, _first)
+_Writer.add_representer(str, _Writer.represent_str)
 _Writer.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
 
 

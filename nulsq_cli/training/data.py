@@ -6,10 +6,10 @@ before: a run that was killed can go on in the middle of an epoch with the same 
 
 from __future__ import annotations
 
+import copy
+import functools
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +37,7 @@ from nulsq_cli.training.order import (
     spread,
 )
 from nulsq_cli.training.transforms import Transform
+from nulsq_cli.training.workers import ending_byte, start_worker
 
 
 class Samples(Dataset):
@@ -82,8 +83,8 @@ class Samples(Dataset):
 class Stream(IterableDataset):
     """Images of a dataset without an index (webdataset, TFDS, a streamed hub one), as the model wants them.
 
-    Such a dataset shuffles and shards by itself: its order is as reproducible as its reader is, and its
-    length, that of one process's share, as exact as the reader's own figure.
+    Such a dataset shuffles and shards by itself: its order depends on the number of workers and processes, and
+    its length, that of one process's share, is the reader's own estimate.
     """
 
     def __init__(self, dataset: IterableDataset, transform: Transform, seed: int | None = None, rank: int = 0) -> None:
@@ -95,7 +96,15 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = getattr(get_worker_info(), "id", 0)
-        for position, (image, label) in enumerate(self.dataset):
+        # timm's readers fix their share at first use: used here in the main process and later in workers, one and the
+        # same reader would give every worker all samples; so each pass has a fresh one
+        dataset = copy.copy(self.dataset)
+        if hasattr(dataset, "reader"):
+            dataset.reader = copy.copy(dataset.reader)
+            for name in ("common_seed", "worker_seed"):  # it would shuffle alike at each first use
+                if isinstance(getattr(dataset.reader, name, None), int):
+                    setattr(dataset.reader, name, getattr(dataset.reader, name) + (self.seed or 0) % 2**31 + self.epoch)
+        for position, (image, label) in enumerate(dataset):
             if self.seed is None:
                 yield self.transform(image), int(label)
             else:
@@ -116,6 +125,7 @@ class Loader(DataLoader):
             self.sampler.set_epoch(epoch, start)
         elif isinstance(self.dataset, Stream):
             self.dataset.epoch = epoch
+            self.generator.manual_seed(((self.dataset.seed or 0) + epoch) % 2**63)  # workers shuffle by it
             if hasattr(self.dataset.dataset, "set_epoch"):
                 self.dataset.dataset.set_epoch(epoch)
             # a stream cannot start in the middle: what was consumed is read again and dropped
@@ -261,7 +271,7 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, *, keep_workers: b
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(start_worker, ending=ending_byte(os.getpid()) if fork else None),
         generator=torch.Generator(),  # otherwise every iteration would draw from the caller's generator
         persistent_workers=keep_workers and workers > 0,
         multiprocessing_context="fork" if fork else None,
@@ -279,19 +289,3 @@ def _stream_loader(stream: Stream, batch_size: int, workers: int, world: int, *,
 
 def _collate(items: Any) -> Any:
     return items if isinstance(items, Failure) else default_collate(items)
-
-
-def _start_worker(_: int) -> None:
-    # Ctrl-C, and a SIGTERM to the whole group (torchrun, slurm), are the main process's business: it finishes its
-    # step, saves, and stops the workers. Only its own SIGTERM ends a worker, which would else outlive it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler, which a fork inherits
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
-
-
-def _wait_for_the_end(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

@@ -1,8 +1,5 @@
-import multiprocessing
 import pickle
 import random
-import signal
-import subprocess
 
 import numpy as np
 import pytest
@@ -10,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from timm.data import IterableImageDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from nulsq_cli.errors import InputError, UsageError
-from nulsq_cli.training import data
 from nulsq_cli.training.data import (
     Samples,
     eval_loader,
@@ -60,6 +57,22 @@ class Streamed(IterableDataset):
 
     def __iter__(self):
         yield from (self.pixels[(index + self.epoch) % len(self)] for index in range(len(self)))
+
+
+class Reader:
+    """Fixes its share when first read, as timm's readers of streams do."""
+
+    share = None
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        if self.share is None:
+            info = get_worker_info()
+            self.share = (info.id, info.num_workers) if info else (0, 1)
+        pixels = Pixels(10)
+        yield from (pixels[index] for index in range(self.share[0], 10, self.share[1]))
 
 
 def numbers(image):
@@ -222,33 +235,6 @@ def test_an_unreadable_image_comes_out_of_a_worker_as_the_same_error(workers):
         assert (error.what, error.where, error.fix) == ("cannot read this image", "file 7", "remove it")
 
 
-def wait_as_worker(ready):
-    data._start_worker(0)
-    ready.set()
-    signal.pause()
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo on this system")
-def test_a_worker_is_ended_by_its_main_process_and_by_nobody_else():
-    handled = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: handled.append(1))  # what a training loop installs
-    try:
-        fork = multiprocessing.get_context("fork")
-        ready = fork.Event()
-        worker = fork.Process(target=wait_as_worker, args=(ready,), daemon=True)
-        worker.start()
-        assert ready.wait(30)
-        for name in ("TERM", "INT", "TERM"):
-            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
-        worker.join(timeout=0.5)
-        assert worker.is_alive()
-        worker.terminate()
-        worker.join(timeout=30)
-        assert worker.exitcode == 0 and not handled
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def test_samples_can_be_sent_to_another_process():
     samples = pickle.loads(pickle.dumps(Samples(Pixels(5), everything(), 1)))
     assert torch.equal(samples[(0, 1)][0], Samples(Pixels(5), everything(), 1)[(0, 1)][0])
@@ -265,3 +251,10 @@ def test_streams_are_read_in_their_own_order_and_resumed_by_position():
     assert [len(images) for _, images in fixed_chunks_loader(Streamed(10), 8, 4, 0, numbers)] == [4, 4]
     with pytest.raises(UsageError, match="streamed"):
         hold_out(Streamed(10), 0.1, 0)
+
+
+def test_a_stream_read_in_the_main_process_is_still_shared_among_workers():
+    stream = IterableImageDataset("", reader=Reader())
+    for workers in (0, 2, 0, 1):
+        loader = eval_loader(stream, numbers, batch_size=3, workers=workers)
+        assert sorted(t for _, targets in loader for t in targets.tolist()) == list(range(10))

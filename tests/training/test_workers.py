@@ -1,0 +1,48 @@
+import mmap
+import multiprocessing
+import os
+import signal
+
+from nulsq_cli.training.workers import ending_byte, start_worker
+
+
+def wait_as_worker(ready, ending):
+    start_worker(0, ending)
+    ready.set()
+    while True:
+        signal.pause()
+
+
+def test_a_worker_outlives_signals_to_the_group_until_its_main_process_ends():
+    handled = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: handled.append(1))  # what a training loop installs
+    try:
+        fork = multiprocessing.get_context("fork")
+        ready, ending = fork.Event(), mmap.mmap(-1, 1)
+        worker = fork.Process(target=wait_as_worker, args=(ready, ending), daemon=True)
+        worker.start()
+        assert ready.wait(30)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+            worker.join(timeout=0.1)
+            assert worker.is_alive()
+        ending[0] = 1
+        worker.terminate()
+        worker.join(timeout=30)
+        assert worker.exitcode == 0 and not handled
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def check_the_byte(before, after):
+    assert ending_byte(os.getpid())[0] == before
+    multiprocessing.util._exit_function()  # what every process does before it ends its children
+    os._exit(0 if ending_byte(os.getpid())[0] == after else 1)
+
+
+def test_the_byte_is_written_when_the_process_ends():
+    process = multiprocessing.get_context("fork").Process(target=check_the_byte, args=(0, 1))
+    process.start()
+    process.join(timeout=30)
+    assert process.exitcode == 0
+    assert ending_byte(os.getpid())[0] == 0
