@@ -220,9 +220,7 @@ def _first_and_last(model: nn.Module, seen: dict[str, Seen]) -> dict[str, str]:
     return ends
 
 
-def _plan_layer(
-    name: str, module: nn.Module, policy: Policy, seen: Seen | None, ends: dict[str, str]
-) -> LayerPlan:
+def _plan_layer(name: str, module: nn.Module, policy: Policy, seen: Seen | None, ends: dict[str, str]) -> LayerPlan:
     plan = LayerPlan(
         name=name, type=type(module).__name__, shape=tuple(module.weight.shape), weight_bits=policy.bits.weights,
         input_bits=policy.bits.activations, signed=policy.signed if isinstance(policy.signed, bool) else None,
@@ -264,9 +262,7 @@ def with_signs(plan: Plan, signed: dict[str, bool], policy: Policy) -> Plan:
     fixed = {p.name for p in plan.layers for r in policy.rules if r.signed is not None and r.fits(p.name)}
     if isinstance(policy.signed, bool):
         return plan
-    layers = [
-        replace(p, signed=signed[p.name]) if p.name in signed and p.name not in fixed else p for p in plan.layers
-    ]
+    layers = [replace(p, signed=signed[p.name]) if p.name in signed and p.name not in fixed else p for p in plan.layers]
     return replace(plan, layers=tuple(layers))
 
 

@@ -98,6 +98,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         trainer.save("last")
     if r.schedule.epochs:
         show.heading(f"Fine-tuning for {r.schedule.epochs} epochs")
+        show.chosen_on = "held-out " if splits.held is not None else ""
         show.start_training(r.schedule.epochs, trainer.batches, trainer.progress.epoch * trainer.batches + trainer.progress.batch)
         try:
             trainer.run()
@@ -399,7 +400,8 @@ def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | Non
     if verified["max_abs_diff"] > 0:
         path.unlink()
         raise CheckFailedError(f"the packed file differs from the run by {verified['max_abs_diff']:.3g}", where=path)
-    show.say(f"  packed {size_line(sizes)} · verified on {verified['samples']} images: outputs equal · {path}")
+    show.say(f"  packed {size_line(sizes)} · verified on {verified['samples']} images: outputs equal")
+    show.say(f"  {path}")
     return {
         "path": str(path), "format": "safetensors", "bytes": sizes.file, "float_bytes": sizes.float_model,
         "packed_weight_bytes": sizes.packed_weights, "ideal_weight_bytes": sizes.ideal_weights, "verified": verified,

@@ -43,7 +43,9 @@ def test_two_processes_and_a_second_time_give_the_same_bytes():
     halves = []
     for rank in (0, 1):
         log = []
-        calibrate.measure_inputs(model(), names, chunks(8, rank, 2), 6, lambda v, how, log=log: (log.append((v.clone(), how)), v)[1])
+        calibrate.measure_inputs(
+            model(), names, chunks(8, rank, 2), 6, lambda v, how, log=log: (log.append((v.clone(), how)), v)[1]
+        )
         halves.append(log)
     moments = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
     together = iter([moments[how](a, b) for (a, how), (b, _) in zip(*halves, strict=True)])

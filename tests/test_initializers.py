@@ -58,7 +58,9 @@ def test_authors_rules_by_hand():
 
 
 @pytest.mark.parametrize("rule", initializers.INITIALIZERS.values())
-@pytest.mark.parametrize("x", [torch.zeros(50), torch.ones(50), torch.tensor([0.0, 0, 0, 5]), torch.tensor([-3.0]), torch.full((9,), 1e-12)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(50), torch.ones(50), torch.tensor([0.0, 0, 0, 5]), torch.tensor([-3.0]), torch.full((9,), 1e-12)]
+)
 @pytest.mark.parametrize("signed", [True, False])
 def test_degenerate_tensors_still_give_positive_finite_gaps(rule, x, signed):
     gaps = rule(initializers.measure(x), QuantSpec(3, signed))

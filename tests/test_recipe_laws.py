@@ -33,9 +33,7 @@ tricky = st.sampled_from(
 )
 words = text | tricky
 scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False) | words
-free = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8
-)
+free = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8)
 widths = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 32])
 rules = st.fixed_dictionaries(
     {"match": text.map(lambda t: f"a{t}"), "skip": st.booleans()},

@@ -29,6 +29,7 @@ class Show:
         plain = not color or bool(os.environ.get("NO_COLOR"))
         self.console = Console(stderr=as_json, no_color=plain, highlight=False, soft_wrap=not sys.stdout.isatty())
         self.log: Path | None = None
+        self.chosen_on = ""
         self.live: Progress | None = None
         self.task: TaskID | None = None
 
@@ -127,7 +128,7 @@ class Show:
     def epoch(self, row: dict[str, Any]) -> None:
         """After an epoch."""
         self.say(
-            f"  epoch {row['epoch'] + 1:<3} loss {row['train_loss']:.3f}   top-1 {row['eval_top1']:6.2f} %"
+            f"  epoch {row['epoch'] + 1:<3} loss {row['train_loss']:.3f}   {self.chosen_on}top-1 {row['eval_top1']:6.2f} %"
             f"   lr {row['lr_weights']:.1e}   {row['seconds']:.1f} s"
         )
 

@@ -10,9 +10,7 @@ from nulsq_cli.ops import fused
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, step: Tensor, lowest: int, highest: int
-    ) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.ends = lowest, highest  # type: ignore[attr-defined]
         if step.numel() == 1 and fused.enabled(x):

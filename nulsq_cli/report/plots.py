@@ -72,6 +72,7 @@ def _bars(axis: Any, targets: list[dict[str, Any]], tensor: str) -> None:
     axis.axhline(top, color=INK, lw=0.8, ls=(0, (4, 3)))
     axis.text(len(names) - 0.5, top, f" all {top:g} bits used", va="bottom", ha="right", fontsize=8.5)
     axis.set_ylim(0, top * 1.32)
+    axis.set_yticks([top * k / 4 for k in range(5)])
     axis.set_xlim(-0.6, max(len(names), 1) - 0.4)
     axis.set_xticks(range(len(names)), names, rotation=60 if len(names) > 6 else 0, ha="right" if len(names) > 6 else "center",
                     fontsize=8 if len(names) <= 30 else 5)  # fmt: skip

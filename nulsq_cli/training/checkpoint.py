@@ -75,9 +75,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], notes: d
     for key, value in [*tensors.items(), *notes["rest"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k == "betas" else v for k, v in g.items()} for g in notes["groups"]
-    ]
+    groups = [{k: tuple(v) if isinstance(v, list) and k == "betas" else v for k, v in g.items()} for g in notes["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -56,9 +56,7 @@ class EpochSampler(Sampler[Key]):
         drop_last: leave out what does not fill a batch on every process.
     """
 
-    def __init__(
-        self, size: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, drop_last: bool = True
-    ) -> None:
+    def __init__(self, size: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, drop_last: bool = True) -> None:
         self.size, self.seed, self.rank, self.world, self.drop_last = size, seed, rank, world, drop_last
         self.global_batch = batch_size * world
         self.epoch = self.start = 0

@@ -203,7 +203,9 @@ def test_the_small_commands(run, tmp_path):
     assert dry["dry_run"] and not (tmp_path / "dry").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "quickstart"], ["ls", "recipes"], ["ls", "methods"], ["finetune", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["validate", "quickstart"], ["ls", "recipes"], ["ls", "methods"], ["finetune", "--help"]]
+)
 def test_quick_commands_never_load_torch(arguments):
     code = f"import sys; sys.argv = ['nulsq', *{arguments!r}]\nimport atexit\n" \
            "atexit.register(lambda: print('LOADED' if {'torch', 'timm'} & set(sys.modules) else 'CLEAN'))\n" \

@@ -154,10 +154,7 @@ def test_a_start_in_the_middle_gives_the_rest_of_the_epoch():
 
 def test_two_processes_see_what_one_sees_with_twice_the_batch():
     alone = batches(train_loader(Pixels(23), everything(), batch_size=6, seed=3), epoch=1)
-    pair = [
-        batches(train_loader(Pixels(23), everything(), batch_size=3, seed=3, rank=rank, world=2), epoch=1)
-        for rank in (0, 1)
-    ]
+    pair = [batches(train_loader(Pixels(23), everything(), batch_size=3, seed=3, rank=rank, world=2), epoch=1) for rank in (0, 1)]
     for (images, targets), *parts in zip(alone, *pair, strict=True):
         both = {t: image for part, labels in parts for image, t in zip(part, labels, strict=True)}
         assert sorted(both) == sorted(targets)

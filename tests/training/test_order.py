@@ -19,8 +19,7 @@ def indices(sampler):
 
 def ranks(size, batch, seed, world, epoch=0, start=0, drop_last=True):
     samplers = [
-        EpochSampler(size, batch_size=batch, seed=seed, rank=rank, world=world, drop_last=drop_last)
-        for rank in range(world)
+        EpochSampler(size, batch_size=batch, seed=seed, rank=rank, world=world, drop_last=drop_last) for rank in range(world)
     ]
     for sampler in samplers:
         sampler.set_epoch(epoch, start)
