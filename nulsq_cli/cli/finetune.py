@@ -76,8 +76,14 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--experiment", "output.experiment", str, "Name of the run folder."),
 ]  # fmt: skip
 
-Items = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=VALUE]...", show_default=False,
-                                                   help="A recipe (`nulsq ls recipes`, or a file), then changes to it.")]  # fmt: skip
+Items = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY.PATH=VALUE]...",
+        show_default=False,
+        help="A recipe (`nulsq ls recipes`, or a file), then changes to it.",
+    ),
+]
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -87,7 +87,7 @@ def _bars(axis: Any, targets: list[dict[str, Any]], tensor: str) -> None:
 def _levels(axis: Any, targets: list[dict[str, Any]], tensor: str) -> None:
     """One layer in the middle of the network: each level a bar at its place, as wide as it is often used."""
     rows = [next(iter(_inner(t, tensor)[len(_inner(t, tensor)) // 2 :]), None) for t in targets]
-    for index, (target, row) in enumerate(zip(targets, rows, strict=True)):
+    for index, row in enumerate(rows):
         if row is None:
             continue
         total = max(sum(row["counts"]), 1)

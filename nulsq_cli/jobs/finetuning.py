@@ -1,9 +1,8 @@
-"""One function per command: the only place where the rooms meet."""
+"""`nulsq finetune`: from a float model to a run folder with a packed, verified file."""
 
 from __future__ import annotations
 
-import shlex
-import sys
+import json
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -17,19 +16,19 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import safe_model_name
 from torch import Tensor, nn
 
-from nulsq_cli import artifact, calibrate, recipe, session
+from nulsq_cli import calibrate, recipe, session
 from nulsq_cli.convert import Plan, convert, make_plan, with_signs
 from nulsq_cli.errors import CheckFailedError, InputError, UsageError
 from nulsq_cli.files import read_json, write_atomically, write_json, write_text
+from nulsq_cli.jobs.environment import environment
+from nulsq_cli.jobs.targets import export
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fused
-from nulsq_cli.report import entropy as entropy_report
 from nulsq_cli.training import data, datasets, transforms
 from nulsq_cli.training.engine import Settings, Trainer, newest
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World, join
-from nulsq_cli.values import FLOAT_BITS, Score
-from nulsq_cli.version import __version__
+from nulsq_cli.values import Score
 
 WORTH_COMPILING = 3e7
 """Pixels that a run has to see before compiling the quantizers (about 30 s, once) pays."""
@@ -186,20 +185,6 @@ def _write_start(folder: Path, r: recipe.Recipe, model: nn.Module, config: dict[
     write_text(folder / "recipe.yaml", r.to_yaml())
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices and the command line, as stored in a run."""
-    import platform
-
-    import torchvision
-
-    return {
-        "nulsq": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "timm": timm.__version__, "platform": platform.platform(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(), "command": shlex.join(sys.argv),
-    }  # fmt: skip
-
-
 class _Logs:
     """Passes progress on to the display, and writes the two machine-readable logs of a run."""
 
@@ -221,8 +206,6 @@ class _Logs:
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """metrics.jsonl and summary.csv, whole."""
-        import json
-
         if self.write and rows:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
@@ -340,153 +323,3 @@ def _say_result(result: dict[str, Any], start: dict[str, Score], show: Any) -> N
         show.say(f"  nulsq eval {result['artifact']}")
         show.say(f"  nulsq entropy {result['run']} -o {result['run']}")
         show.say(f"  nulsq finetune ... --resume auto -o {result['run']}   # goes on if it was interrupted")
-
-
-# ---- the other commands -----------------------------------------------------------------------------
-
-
-def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, show: Any) -> dict[str, Any]:
-    """Accuracy of a run, a packed file, or (with `r` alone) a float model.
-
-    Args:
-        target: run folder or file; a name when `r` names a float model.
-        r: a recipe for a float model; None for the other kinds, which carry their own.
-        given: data_dir, dataset, batch_size that the user gave instead.
-    """
-    if r is not None:
-        model, kind, config, used = session.float_model(r), "float", None, r
-    else:
-        model, kind, used, config = session.target_model(target)
-        if used is None:
-            used = recipe.load("imagenet")
-    used = recipe.with_values(used, {f"data.{k}": v for k, v in given.items() if v is not None})
-    world = join(used.engine.device)
-    model.to(world.device)
-    config = config or session.data_config(used, model)
-    split = session.open_split(used, used.data.val_split, config["input_size"][0])
-    datasets.check_enough_outputs(split, model.num_classes)
-    _, transform = transforms.build_transforms(config)
-    score = session.score(model, split, transform, world, used)
-    show.score(target, score.top1, score.top5, score.samples)
-    return {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss,
-            "samples": score.samples}  # fmt: skip
-
-
-def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | None = None) -> dict[str, Any]:
-    """Write the packed file of a run, read it back into a fresh model, and compare the two.
-
-    Raises:
-        CheckFailedError: the file does not compute what the run computes; it is removed.
-    """
-    run = session.read_run(folder)
-    if run.plan is None or all(not p.quantized for p in run.plan.layers):
-        raise UsageError("is a float run, there is nothing to pack", where=folder, fix="fine-tune with --bits 3/3")
-    model = (model or run.model()).cpu().eval()
-    info = read_json(folder / "model.json")
-    config = info["data_cfg"]
-    images = _some_images(run.recipe, config)
-    counts = entropy_report.count_activations(model, images)
-    meta = {
-        "producer": f"nulsq {__version__}", "arch": info["architecture"], "arch_name": info["name"],
-        "arch_kwargs": {k: v for k, v in info["arguments"].items() if k != "num_classes"},
-        "num_classes": info["arguments"]["num_classes"], "data_cfg": info["data_cfg"],
-        "bits": str(run.recipe.quant.bits), "method": run.recipe.quant.method, "counts": counts,
-        "recipe": run.recipe.to_yaml(),
-    }  # fmt: skip
-    path = path or folder / "export" / "model.safetensors"
-    sizes = artifact.save(path, model, meta)
-    fresh, _ = artifact.load(path)
-    verified = _compare(model, fresh, images)
-    if verified["max_abs_diff"] > 0:
-        path.unlink()
-        raise CheckFailedError(f"the packed file differs from the run by {verified['max_abs_diff']:.3g}", where=path)
-    show.say(f"  packed {size_line(sizes)} · verified on {verified['samples']} images: outputs equal")
-    show.say(f"  {path}")
-    return {
-        "path": str(path), "format": "safetensors", "bytes": sizes.file, "float_bytes": sizes.float_model,
-        "packed_weight_bytes": sizes.packed_weights, "ideal_weight_bytes": sizes.ideal_weights, "verified": verified,
-    }  # fmt: skip
-
-
-def size_line(sizes: artifact.Sizes) -> str:
-    """File size against the float model's."""
-    return f"{sizes.file / 1000:.1f} kB, {sizes.float_model / sizes.file:.1f}× smaller than {sizes.float_model / 1000:.1f} kB"
-
-
-def _some_images(r: recipe.Recipe, config: dict[str, Any]) -> list[Tensor]:
-    """Up to 256 training images, or noise of the right size where the data are not at hand."""
-    try:
-        dataset = session.open_split(r, r.data.train_split, config["input_size"][0])
-    except (InputError, UsageError):
-        noise = torch.Generator().manual_seed(0)
-        return [torch.randn(64, *config["input_size"], generator=noise)]
-    _, transform = transforms.build_transforms(config)
-    start, _ = session.chunks(dataset, transform, 256, World(0, 1, torch.device("cpu")), r)
-    return [images for _, images in start()]
-
-
-@torch.no_grad()
-def _compare(model: nn.Module, fresh: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
-    worst, same, total = 0.0, 0, 0
-    for images in batches:
-        a, b = model(images), fresh(images)
-        difference = (a - b).abs().max().item()
-        worst = max(worst, float("inf") if difference != difference else difference)
-        same += int((a.argmax(1) == b.argmax(1)).sum())
-        total += len(images)
-    return {"samples": total, "max_abs_diff": worst, "top1_agreement": 100 * same / max(total, 1)}
-
-
-def entropy(targets: list[str], folder: Path | None, *, show: Any) -> dict[str, Any]:
-    """Code histograms, entropies and levels of runs and packed files; with a folder also JSON and pictures."""
-    found = []
-    for target in targets:
-        path = Path(target)
-        if session.kind_of(target) == "run":
-            path = path / "export" / "model.safetensors"
-            if not path.exists():
-                raise InputError("has no packed file yet", where=target, fix=f"run `nulsq export {target}`")
-        found.append({**entropy_report.of_artifact(artifact.read(path)), "target": target})
-    for entry in found:
-        rows = [
-            [r["name"], r["tensor"], str(r["bits"]), f"{r['levels_used']}/{len(r['levels'])}", f"{r['entropy']:.3f}",
-             f"{100 * r['entropy'] / r['bits']:.0f} %"] for r in entry["layers"]
-        ]  # fmt: skip
-        show.table(f"{entry['target']}  {entry['bits']} {entry['method']}",
-                   ["layer", "tensor", "bits", "levels used", "entropy", "of its bits"], rows, right={2, 3, 4, 5})  # fmt: skip
-        for tensor in ("weight", "activation"):
-            mean = entry[f"mean_{tensor}_entropy"]
-            if mean is not None:
-                show.say(f"  mean {tensor} entropy {mean:.3f} bits (layers at {entry['bits']})")
-    result = {"targets": found}
-    if folder is not None:
-        write_json(folder / "entropy.json", result)
-        from nulsq_cli.report import plots
-
-        for suffix in ("png", "svg"):
-            plots.entropy(found, folder / f"entropy.{suffix}")
-        show.say(f"  wrote {folder}/entropy.json, entropy.png, entropy.svg")
-    return result
-
-
-def plan(r: recipe.Recipe, *, show: Any) -> dict[str, Any]:
-    """What would be quantized, how, and why. Weights are not needed, nothing is downloaded or trained."""
-    m = r.model
-    model = create_float_model(m.name, checkpoint=m.initial_checkpoint, num_classes=m.num_classes,
-                               in_chans=m.in_chans, kwargs=m.kwargs)  # fmt: skip
-    config = session.data_config(r, model)
-    found = make_plan(model, session.policy(r), config["input_size"]).to_json()
-    show.heading(f"{session.float_info(model)['resolved']}, {r.quant.bits}, {r.quant.method}")
-    show.plan(found)
-    show.say("  the sign of inputs is that of a pass of noise; fine-tuning measures it on data")
-    return found
-
-
-def models(pattern: str) -> list[str]:
-    """Names that --model takes."""
-    from nulsq_cli.models import list_models
-
-    return list_models(pattern)
-
-
-__all__ = ["FLOAT_BITS", "entropy", "environment", "evaluate", "export", "finetune", "models", "plan"]

@@ -1,0 +1,131 @@
+"""The options of the engine, each on a network that really trains for an epoch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import nulsq_cli
+from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.errors import InputError
+from nulsq_cli.layers import quantizers
+from nulsq_cli.models import create_float_model
+from nulsq_cli.training import checkpoint
+from nulsq_cli.training.engine import newest
+from nulsq_cli.training.evaluate import evaluate
+from nulsq_cli.training.optim import Pair
+from nulsq_cli.training.world import World
+from nulsq_cli.values import Bits
+
+FAST = ("schedule.epochs=1", "quant.calibration.samples=128", "bn.reestimate_samples=128")
+HERE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["ema.enabled=true", "ema.decay=0.9"],
+        ["engine.grad_accum_steps=3"],
+        ["teacher.name=self", "teacher.temperature=2"],
+        ["data.augment.mixup=0.2", "data.augment.cutmix=0.5"],
+        ["data.augment.smoothing=0.1", "optimizer.clip_grad=1.0"],
+        ["bn.freeze_after=0"],
+        ["engine.amp=bfloat16"],
+        ["quant.granularity=channel", "quant.method=lsq"],
+        ["optimizer.weights.opt=adamw", "optimizer.weights.lr=0.001", "optimizer.weights.layer_decay=0.9"],
+        ["data.workers=2", "quant.method=nulsq-a"],
+        ["quant.options={grad_scale: lsq}", "quant.init.weights=nmse"],
+    ],
+    ids=lambda changes: changes[0],
+)
+def test_an_option_trains_and_its_file_is_the_run(tmp_path, changes):
+    result = nulsq_cli.finetune("quickstart", *FAST, *changes, output=tmp_path / "r")
+    assert result["best"]["top1"] > 50 and result["artifact"]
+    row = json.loads((tmp_path / "r/metrics.jsonl").read_text())
+    assert row["train_loss"] < 2.5 and row["lr_steps"] is not None
+
+
+def test_frozen_batchnorm_keeps_its_statistics_and_others_move(tmp_path):
+    stats = {}
+    for name, changes in (("frozen", ["bn.freeze_after=0"]), ("free", [])):
+        nulsq_cli.finetune("quickstart", *FAST, *changes, output=tmp_path / name)
+        after = checkpoint.load(tmp_path / name / "checkpoints/last.safetensors")[0]["model"]
+        stats[name] = after["bn1.running_mean"]
+    nulsq_cli.finetune("quickstart", *FAST, "schedule.epochs=0", output=tmp_path / "start")
+    before = checkpoint.load(tmp_path / "start/checkpoints/last.safetensors")[0]["model"]["bn1.running_mean"]
+    assert torch.equal(stats["frozen"], before) and not torch.equal(stats["free"], before)
+
+
+def pair(weights=None, steps=None, schedule=None):
+    torch.manual_seed(0)
+    model = create_float_model("resnet8_cifar")
+    convert(model, make_plan(model, Policy(Bits(2, 2), "nulsq-wa", granularity="channel"), (3, 16, 16)))
+    one = {"opt": "momentum", "lr": 0.1, "weight_decay": 1e-4, "momentum": 0.9, "filter_bias_and_bn": True, "kwargs": {}}
+    two = {"opt": "adamw", "lr": 0.001, "weight_decay": 0.0, "momentum": 0.9, "kwargs": {}}
+    three = {"sched": "cosine", "warmup_epochs": 1, "warmup_lr": 0.01, "min_lr": 0.005}
+    return model, Pair(model, one | (weights or {}), two | (steps or {}), three | (schedule or {}), 5, 10)
+
+
+def test_every_parameter_is_in_exactly_one_group_and_no_step_decays_with_the_weights():
+    model, p = pair()
+    own = {id(q) for m in quantizers(model).values() for q in m.steps()}
+    groups = {name: [id(x) for g in o.param_groups for x in g["params"]] for name, o in p.optimizers.items()}
+    assert set(groups["steps"]) == own and not own & set(groups["weights"])
+    assert sorted(groups["steps"] + groups["weights"]) == sorted(id(x) for x in model.parameters())
+    assert not own & {id(x) for x in p.weight_parameters}
+
+
+def test_the_steps_rate_keeps_its_proportion_through_warmup_and_to_the_end():
+    _, p = pair()
+    for update in range(51):
+        p.update_rates(update)
+        weights, steps = p.rates()
+        assert steps == pytest.approx(weights * 0.01)
+    assert p.rates()[0] == pytest.approx(0.005)
+
+
+def test_an_optimizer_comes_back_as_it_was():
+    runs = []
+    for stop in (False, True):
+        model, p = pair()
+        for k in range(4):
+            if stop and k == 2:
+                saved = {n: checkpoint.optimizer_state(o) for n, o in p.optimizers.items()}
+                weights = model.state_dict()
+                model, p = pair()
+                model.load_state_dict(weights)
+                for n, o in p.optimizers.items():
+                    checkpoint.restore_optimizer(o, saved[n][0], json.loads(json.dumps(saved[n][1])))
+            p.update_rates(k)
+            model.train()(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(k))).square().sum().backward()
+            for o in p.optimizers.values():
+                o.step()
+            p.zero_grad()
+        runs.append(model.state_dict())
+    assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+
+
+def test_checkpoints_are_safetensors_and_damage_is_named(tmp_path):
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, {"model": {"a": torch.arange(3)}}, {"x": [1, None]})
+    assert set(safetensors.torch.load_file(path)) == {"model/a"}
+    assert checkpoint.load(path)[1] == {"x": [1, None]} and newest(tmp_path) == path
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        checkpoint.load(path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_accuracy_counts_every_sample_once():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    logits = torch.eye(7)[[0, 1, 2, 3, 4]]
+    target = torch.tensor([0, 1, 2, 0, 0])
+    score = evaluate(Fixed(), [(logits[:3], target[:3]), (logits[3:], target[3:])], HERE)
+    assert score.samples == 5 and score.top1 == 60
+    assert score.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, target)), rel=1e-6)
