@@ -59,7 +59,7 @@ def _even_error(stats: TensorStats, spec: QuantSpec, step: Tensor) -> Tensor:
     return nearest.sub_(stats.points).square_().mul_(stats.mass).sum(1)
 
 
-def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 2000, tolerance: float = 1e-7) -> Tensor:
+def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 500, tolerance: float = 1e-7) -> Tensor:
     """Levels that minimise the squared error of the measured distribution, with one pinned at 0.
 
     Lloyd-Max: thresholds between levels, then each level but the pinned one to the mean of its cell,
@@ -69,13 +69,9 @@ def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 2000, tolerance
     """
     even_step = mse(stats, spec)[:, :1]
     levels = even_step * torch.arange(-spec.negative, spec.positive + 1, dtype=torch.float64, device=even_step.device)
-    mass = torch.nn.functional.pad(stats.mass.cumsum(1), (1, 0))
-    moment = torch.nn.functional.pad((stats.mass * stats.points).cumsum(1), (1, 0))
+    sums = _RunningSums(stats)
     for _ in range(iterations):
-        cuts = torch.searchsorted(stats.points, (levels[:, 1:] + levels[:, :-1]) / 2)
-        cuts = torch.nn.functional.pad(cuts, (1, 1))
-        cuts[:, -1] = stats.points.shape[1]
-        inside, total = mass.gather(1, cuts).diff(dim=1), moment.gather(1, cuts).diff(dim=1)
+        inside, total = sums.between((levels[:, 1:] + levels[:, :-1]) / 2)
         moved = torch.where(inside > 0, total / inside.clamp_min(1e-300), levels)
         moved[:, spec.negative] = 0
         # An empty cell keeps its level while its neighbours move: keep the order.
@@ -86,6 +82,32 @@ def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 2000, tolerance
             break
     # Where the data have fewer values than there are levels, some would meet; keep them apart.
     return torch.maximum(levels.diff(dim=1), even_step * 1e-2).clamp_min(SMALLEST)
+
+
+class _RunningSums:
+    """Mass and moment of a distribution up to any place, with each point's mass spread halfway to its neighbours.
+
+    Without the spreading a threshold that moves by less than the distance of two points changes
+    nothing, and the iteration stops before it has arrived.
+    """
+
+    def __init__(self, stats: TensorStats) -> None:
+        points, mass = stats.points, stats.mass
+        self.edges = torch.cat((points[:, :1], (points[:, 1:] + points[:, :-1]) / 2, points[:, -1:]), 1).contiguous()
+        self.mass = torch.nn.functional.pad(mass.cumsum(1), (1, 0))
+        self.moment = torch.nn.functional.pad((mass * points).cumsum(1), (1, 0))
+
+    def between(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, K-1) cuts give the (C, K) masses and moments of the cells between them."""
+        right = torch.searchsorted(self.edges, cuts.contiguous()).clamp_(1, self.edges.shape[1] - 1)
+        left, low, high = right - 1, self.edges.gather(1, right - 1), self.edges.gather(1, right)
+        share = ((cuts - low) / (high - low).clamp_min(1e-300)).clamp_(0, 1)
+        cells = []
+        for sums in (self.mass, self.moment):
+            before = sums.gather(1, left)
+            at = before + share * (sums.gather(1, right) - before)
+            cells.append(torch.cat((at, sums[:, -1:]), 1).diff(dim=1, prepend=torch.zeros_like(sums[:, :1])))
+        return cells[0], cells[1]
 
 
 INITIALIZERS: dict[str, Initializer] = {"nmse": nmse, "lsq": lsq, "lloyd": lloyd, "mse": mse}

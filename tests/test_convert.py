@@ -25,14 +25,14 @@ def small():
 SIZE = (3, 64, 64)
 
 
-def quantized(model, size, pol=None, images=None):
+def quantized(model, size, pol=None, images=None, rule="lloyd"):
     pol = pol or policy()
     plan = make_plan(model, pol, size)
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(1)) if images is None else images
     stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), lambda: [(0, images)], 1)
     plan = with_signs(plan, {n: bool(s.least[0] < 0) for n, s in stats.items()}, pol)
     convert(model, plan)
-    calibrate.initialize(model, stats, "lloyd", "lloyd")
+    calibrate.initialize(model, stats, rule, rule)
     return model, plan
 
 

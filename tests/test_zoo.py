@@ -32,7 +32,7 @@ def test_plan_train_pack_and_reload(name, tmp_path):
     torch.manual_seed(0)
     size = MADE_FOR.get(name, (3, 64, 64))
     model = create_float_model(name, num_classes=10, kwargs=ZOO[name])
-    model, plan = quantized(model, size, policy("4/4"))
+    model, plan = quantized(model, size, policy("4/4"), rule="nmse")
     found = [p for p in plan.layers if p.quantized]
     assert len(found) >= 8 and {"first layer", "last layer"} <= {p.reason for p in found}
     assert all(p.reason.startswith("float: ") for p in plan.layers if not p.quantized)
