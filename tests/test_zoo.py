@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from nulsq_cli import artifact
+from nulsq_cli import artifact, calibrate
 from nulsq_cli.convert import make_plan
 from nulsq_cli.layers import quant_layers, quantizers
 from nulsq_cli.models import create_float_model, float_info
@@ -32,6 +32,8 @@ def test_plan_train_pack_and_reload(name, tmp_path):
     torch.manual_seed(0)
     size = MADE_FOR.get(name, (3, 64, 64))
     model = create_float_model(name, num_classes=10, kwargs=ZOO[name])
+    # Random weights do not fit the running statistics they come with; pretrained ones do.
+    calibrate.reestimate_batchnorm(model, lambda: [(0, torch.randn(8, *size))], 1)
     model, plan = quantized(model, size, policy("4/4"), rule="nmse")
     found = [p for p in plan.layers if p.quantized]
     assert len(found) >= 8 and {"first layer", "last layer"} <= {p.reason for p in found}
