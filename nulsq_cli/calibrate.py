@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nulsq_cli.convert import Plan
 from nulsq_cli.errors import InputError
 from nulsq_cli.initializers import measure
-from nulsq_cli.layers import QuantLayer, quant_layers
+from nulsq_cli.layers import quant_layers
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import TensorStats
 
@@ -203,9 +203,3 @@ def first_bad_layer(model: nn.Module) -> str | None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return name
     return None
-
-
-__all__ = [
-    "QuantLayer", "alone", "first_bad_layer", "initialize", "layers_to_measure", "measure_inputs",
-    "reestimate_batchnorm",
-]  # fmt: skip

@@ -196,20 +196,17 @@ class _Logs:
         """Shown; not kept."""
         self.show.step(epoch, batch, batches, loss, rates, images_per_second)
 
-    def epoch(self, row: dict[str, Any]) -> None:
+    def epoch(self, rows: list[dict[str, Any]]) -> None:
         """Shown; the logs are rewritten from the run's own rows, so a resumed run has each epoch once."""
-        self.show.epoch(row)
+        self.show.epoch(rows[-1])
+        if self.write:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
+            write_text(self.folder / "summary.csv", "\n".join(lines) + "\n")
 
     def say(self, text: str) -> None:
         """Shown."""
         self.show.say(text)
-
-    def rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """metrics.jsonl and summary.csv, whole."""
-        if self.write and rows:
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
-            write_text(self.folder / "summary.csv", "\n".join(lines) + "\n")
 
 
 def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, splits: session.Splits, world: World,
@@ -254,11 +251,8 @@ def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, spli
     )  # fmt: skip
     chosen = splits.held or splits.validation
     logs = _Logs(folder, show, world.primary)
-    trainer = Trainer(task, model, pair, world, settings, folder / "checkpoints", batches_of, batches,
+    return Trainer(task, model, pair, world, settings, folder / "checkpoints", batches_of, batches,
                       lambda m: session.score(m, chosen, splits.eval_transform, world, r), logs, mixup)  # fmt: skip
-    shown = logs.epoch
-    logs.epoch = lambda row: (shown(row), logs.rewrite(trainer.progress.rows))  # type: ignore[method-assign]
-    return trainer
 
 
 def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Splits, plan: Plan, start: dict[str, Score],

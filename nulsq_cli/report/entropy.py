@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.artifact import Artifact
+from nulsq_cli.layers import quant_layers
+from nulsq_cli.ops.codebook import encode
 from nulsq_cli.values import Bits
 
 
@@ -70,9 +72,6 @@ def count_activations(model: torch.nn.Module, batches: Any) -> dict[str, list[in
         model: a converted model.
         batches: images, (N, C, H, W) each, on the model's device.
     """
-    from nulsq_cli.layers import quant_layers
-    from nulsq_cli.ops.codebook import encode
-
     layers = {n: m for n, m in quant_layers(model).items() if m.input_quantizer is not None}
     tables = {name: layer.input_quantizer.codebook() for name, layer in layers.items()}
     counts = {name: torch.zeros(t.levels.shape[-1], dtype=torch.int64) for name, t in tables.items()}

@@ -54,8 +54,8 @@ class Watcher(Protocol):
              images_per_second: float) -> None:  # fmt: skip
         """After some updates."""
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """After every epoch, with its metrics."""
+    def epoch(self, rows: list[dict[str, Any]]) -> None:
+        """After every epoch, with the metrics of all epochs so far."""
 
     def say(self, text: str) -> None:
         """Anything worth knowing."""
@@ -251,7 +251,7 @@ class Trainer:
         if self.world.primary:
             (self.folder / "recovery.safetensors").unlink(missing_ok=True)
         self.world.wait()
-        self.watcher.epoch(row)
+        self.watcher.epoch(p.rows)
 
     def _share_buffers(self) -> None:
         """Running statistics differ between processes until now; use their mean everywhere."""
