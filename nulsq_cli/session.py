@@ -90,12 +90,18 @@ def score(model: nn.Module, dataset: Dataset, transform: Any, world: World, r: r
     d = r.data
     loader = data.eval_loader(dataset, transform, batch_size=d.validation_batch_size or d.batch_size, workers=d.workers,
                               rank=world.rank, world=world.size)  # fmt: skip
-    return evaluate(model, loader, world, amp=amp_type(r))
+    # The layout decides the order of sums: the same one wherever this recipe's accuracy is measured.
+    return evaluate(model.to(memory_format=memory_format(r)), loader, world, amp=amp_type(r), memory_format=memory_format(r))
 
 
 def amp_type(r: recipe.Recipe) -> torch.dtype | None:
     """The recipe's autocast type."""
     return {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}[r.engine.amp]
+
+
+def memory_format(r: recipe.Recipe) -> torch.memory_format:
+    """The recipe's layout of images and weights."""
+    return torch.channels_last if r.engine.channels_last else torch.contiguous_format
 
 
 def chunks(dataset: Dataset, transform: Any, samples: int, world: World, r: recipe.Recipe) -> tuple[Any, int]:

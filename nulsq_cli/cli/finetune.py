@@ -69,6 +69,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--task-loss-weight", "teacher.task_weight", float, "Weight of the loss on labels."),
     ("--amp-dtype", "engine.amp", str, "Autocast to bfloat16 or float16."),
     ("--grad-accum-steps", "engine.grad_accum_steps", int, "Batches per update."),
+    ("--channels-last", "engine.channels_last", bool, "NHWC memory: convolutions are often faster."),
     ("--device", "engine.device", str, "cpu, cuda ... (default: auto)."),
     ("--seed", "seed", int, "Seed of everything random."),
     ("--log-interval", "log.interval", int, "Updates between two lines."),

@@ -55,7 +55,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     config = session.data_config(r, model)
     splits = session.open_splits(r, config)
     datasets.check_enough_outputs(splits.train, model.num_classes)
-    model.to(world.device)
+    model.to(world.device, memory_format=session.memory_format(r))
     plan = make_plan(model, session.policy(r), config["input_size"])
     is_float = all(not p.quantized for p in plan.layers)
     if dry_run:
@@ -81,7 +81,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         plan = stored
     if not is_float:
         plan = _quantize(r, model, plan, splits, world, show, measured=stored is None)
-    model.to(world.device)
+    model.to(world.device, memory_format=session.memory_format(r))
     if known is None:
         start["init"] = start["float"] if is_float else session.score(model, splits.validation, splits.eval_transform, world, r)
     if not is_float:
@@ -244,7 +244,7 @@ def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, spli
 
     settings = Settings(
         epochs=r.schedule.epochs, seed=r.seed, grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
-        clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), ema_decay=r.ema.decay if r.ema.enabled else None,
+        clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), memory_format=session.memory_format(r), ema_decay=r.ema.decay if r.ema.enabled else None,
         ema_warmup=r.ema.warmup, bn_freeze_after=r.bn.freeze_after, mixup_off_epoch=a.mixup_off_epoch,
         log_interval=r.log.interval, recovery_seconds=60 * r.checkpoint.recovery_minutes,
         recovery_steps=r.checkpoint.recovery_steps,

@@ -55,7 +55,7 @@ def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | Non
     run = session.read_run(folder)
     if run.plan is None or all(not p.quantized for p in run.plan.layers):
         raise UsageError("is a float run, there is nothing to pack", where=folder, fix="fine-tune with --bits 3/3")
-    model = (model or run.model()).cpu().eval()
+    model = (model or run.model()).cpu().to(memory_format=torch.contiguous_format).eval()
     info = read_json(folder / "model.json")
     config = info["data_cfg"]
     images = _some_images(run.recipe, config)

@@ -244,6 +244,7 @@ class Engine(Section):
     device: str = "auto"
     amp: Literal["bfloat16", "float16"] | None = None
     grad_accum_steps: Count = 1
+    channels_last: bool = False
     compile: AutoOrBool = "auto"
     deterministic: bool = False
 

@@ -38,6 +38,7 @@ class Settings:
     clip_grad: float | None = None
     clip_mode: str = "norm"
     amp: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
     ema_decay: float | None = None
     ema_warmup: bool = True
     bn_freeze_after: int | None = None
@@ -194,7 +195,8 @@ class Trainer:
 
     def _backward(self, images: Tensor, target: Tensor, group: int, last: bool) -> float:
         device = self.world.device
-        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True, memory_format=self.settings.memory_format)
+        target = target.to(device, non_blocking=True)
         if self.mixup is not None:
             images, target = self.mixup(images, target)
         hold = contextlib.nullcontext()

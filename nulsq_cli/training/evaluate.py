@@ -15,7 +15,8 @@ from nulsq_cli.values import Score
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, *,
-    amp: torch.dtype | None = None, progress: Callable[[int], None] | None = None,
+    amp: torch.dtype | None = None, memory_format: torch.memory_format = torch.contiguous_format,
+    progress: Callable[[int], None] | None = None,
 ) -> Score:  # fmt: skip
     """Count right answers over what all processes see together.
 
@@ -26,6 +27,7 @@ def evaluate(
         batches: images (N, C, H, W) and class numbers (N,) of this process.
         world: the processes.
         amp: compute under autocast with this type.
+        memory_format: of the images; the model's own is the caller's business.
         progress: called with the number of images seen so far.
     """
     was_training = model.training
@@ -33,7 +35,8 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # right, right among five, loss, samples
     try:
         for images, target in batches:
-            images, target = images.to(world.device, non_blocking=True), target.to(world.device, non_blocking=True)
+            images = images.to(world.device, non_blocking=True, memory_format=memory_format)
+            target = target.to(world.device, non_blocking=True)
             with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
                 output = model(images)
             output = output.float()
