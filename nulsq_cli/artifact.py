@@ -72,14 +72,14 @@ def save(path: Path, model: nn.Module, meta: dict[str, Any]) -> Sizes:
     for name, layer in quantized.items():
         entries[name] = entry = _describe(name, layer, meta.get("counts", {}).get(name))
         if layer.weight_quantizer is not None:
-            tables = layer.weight_quantizer.codebook()
-            codes = codebook.encode(layer.weight.detach().float(), tables.thresholds).cpu()
+            tables, codes = layer.weight_codes()
+            codes = codes.cpu()
             stream = packing.pack(codes.numpy(), entry["weight_bits"])
             tensors[f"{name}.weight.codes"] = torch.from_numpy(stream)
             tensors[f"{name}.weight.levels"] = tables.levels.cpu()
             ideal += codes.numel() * entry["weight_bits"]
         if layer.input_quantizer is not None:
-            tables = layer.input_quantizer.codebook()
+            tables = layer.input_quantizer.codebook(torch.zeros(1))
             tensors[f"{name}.act.levels"] = tables.levels.cpu()
             tensors[f"{name}.act.thresholds"] = tables.thresholds.cpu()
     packed = sum(t.numel() for key, t in tensors.items() if key.endswith(".weight.codes"))

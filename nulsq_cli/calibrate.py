@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nulsq_cli.convert import Plan
 from nulsq_cli.errors import InputError
 from nulsq_cli.initializers import measure
-from nulsq_cli.layers import quant_layers
+from nulsq_cli.layers import evaluating, quant_layers
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import TensorStats
 
@@ -91,7 +91,6 @@ def _pass(
     model: nn.Module, names: list[str], chunks: Chunks, see: Callable[[str, int, Tensor], None], device: torch.device
 ) -> None:
     modules = dict(model.named_modules())
-    modes = {m: m.training for m in model.modules()}
     now = 0
 
     def hook(name: str) -> Callable[..., None]:
@@ -99,14 +98,12 @@ def _pass(
 
     hooks = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
     try:
-        model.eval()
-        for now, images in chunks():  # noqa: B007 the hooks read it
-            model(images.to(device))
+        with evaluating(model):
+            for now, images in chunks():  # noqa: B007 the hooks read it
+                model(images.to(device))
     finally:
         for h in hooks:
             h.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _stats(moments: _Moments, mass: Tensor) -> TensorStats:
@@ -162,7 +159,6 @@ def reestimate_batchnorm(model: nn.Module, chunks: Chunks, count: int, reduce: R
     }  # fmt: skip
     if not norms:
         return 0
-    modes = {m: m.training for m in model.modules()}
     momenta = {name: m.momentum for name, m in norms.items()}
     batches = {name: m.num_batches_tracked.clone() for name, m in norms.items()}
     device = next(model.parameters()).device
@@ -170,21 +166,19 @@ def reestimate_batchnorm(model: nn.Module, chunks: Chunks, count: int, reduce: R
         name: torch.zeros(count, 2, m.num_features, dtype=torch.float64) for name, m in norms.items()
     }  # fmt: skip
     try:
-        model.eval()
-        for norm in norms.values():
-            norm.train()
-            norm.momentum = 1.0
-        for chunk, images in chunks():
-            model(images.to(device))
-            for name, norm in norms.items():
-                kept[name][chunk, 0] = norm.running_mean.double().cpu()
-                kept[name][chunk, 1] = norm.running_var.double().cpu()
+        with evaluating(model):
+            for norm in norms.values():
+                norm.train()
+                norm.momentum = 1.0
+            for chunk, images in chunks():
+                model(images.to(device))
+                for name, norm in norms.items():
+                    kept[name][chunk, 0] = norm.running_mean.double().cpu()
+                    kept[name][chunk, 1] = norm.running_var.double().cpu()
     finally:
         for name, norm in norms.items():
             norm.momentum = momenta[name]
             norm.num_batches_tracked.copy_(batches[name])
-        for module, training in modes.items():
-            module.training = training
     for name, norm in norms.items():
         mean, var = reduce(kept[name], "sum").mean(0)
         norm.running_mean.copy_(mean)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq_cli.errors import InputError, UsageError, suggest
-from nulsq_cli.layers import LAYERS
+from nulsq_cli.layers import LAYERS, evaluating
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import FLOAT_BITS, Bits, Granularity, QuantSpec, Role
@@ -144,7 +144,6 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
         input_size: (C, H, W).
     """
     seen: dict[str, Seen] = {}
-    modes = {m: m.training for m in model.modules()}
     hooks = []
 
     def note(name: str) -> Any:
@@ -159,10 +158,9 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
         for name, module in model.named_modules():
             if type(module) in LAYERS:
                 hooks.append(module.register_forward_pre_hook(note(name)))
-        model.eval()
         where = next(model.parameters()).device
         noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(where)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(noise)
     except (RuntimeError, AssertionError, TypeError, ValueError) as reason:
         raise UsageError(
@@ -172,8 +170,6 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return seen
 
 
@@ -279,8 +275,10 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             raise InputError("the stored plan does not fit the model", where=entry.name)
         if not entry.quantized:
             continue
-        weights = _quantizer(entry, "weight", plan.options)
-        inputs = _quantizer(entry, "activation", plan.options)
+        # The options are the model's method's; first, last and ruled layers may have another one.
+        options = plan.options if entry.method == plan.method else {}
+        weights = _quantizer(entry, "weight", options)
+        inputs = _quantizer(entry, "activation", options)
         model.set_submodule(entry.name, LAYERS[type(layer)](layer, weights, inputs))
     return model
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nulsq_cli.methods.base import Quantizer
+from nulsq_cli.ops import codebook
+from nulsq_cli.values import Codebook
 
 
 class QuantLayer(nn.Module):
@@ -31,6 +36,13 @@ class QuantLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    @torch.no_grad()
+    def weight_codes(self) -> tuple[Codebook, Tensor]:
+        """The weight as it is packed: its tables, and a uint8 code for every entry."""
+        weight = self.weight.float()
+        tables = self.weight_quantizer.codebook(weight)
+        return tables, codebook.encode(weight, tables.thresholds)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input that the layer computes with."""
@@ -83,6 +95,18 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
     TimmLinear: QuantLinear,  # differs from nn.Linear under TorchScript alone
 }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own mode back."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -142,5 +142,5 @@ class TensorStats:
     mass: Tensor
 
 
-INITIALIZER_NAMES = ("nmse", "lsq", "lloyd", "mse")
-"""The rules that start steps; `initializers.py` holds them."""
+INITIALIZER_NAMES = ("nmse", "lsq", "lloyd", "mse", "paper")
+"""The rules that start steps. `initializers.py` holds them; `paper` is each method's own."""

@@ -245,7 +245,7 @@ def test_lists_are_replaced_and_plus_appends(write):
 
 
 def test_an_empty_section_changes_nothing_and_null_resets(write):
-    write("teacher: {name: self}\nquant: {bits: 2/2, options: {a: 1}}\ndata: {mean: [1]}\n", "base.yaml")
+    write("teacher: {name: self}\nquant: {bits: 2/2, options: {grad_scale: lsq}}\ndata: {mean: [1]}\n", "base.yaml")
     kept = recipe.load(write("extends: [base]\nteacher:\nquant:\n  # bits: 3/3\n"))
     assert (kept.teacher.name, kept.quant.bits) == ("self", Bits(2, 2))
     reset = recipe.load(write("extends: [base]\nteacher: null\nquant: {options: null}\ndata: {mean: null}\n"))

@@ -244,7 +244,8 @@ def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, spli
 
     settings = Settings(
         epochs=r.schedule.epochs, seed=r.seed, grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
-        clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), memory_format=session.memory_format(r), ema_decay=r.ema.decay if r.ema.enabled else None,
+        clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), memory_format=session.memory_format(r),
+        ema_decay=r.ema.decay if r.ema.enabled else None,
         ema_warmup=r.ema.warmup, bn_freeze_after=r.bn.freeze_after, mixup_off_epoch=a.mixup_off_epoch,
         log_interval=r.log.interval, recovery_seconds=60 * r.checkpoint.recovery_minutes,
         recovery_steps=r.checkpoint.recovery_steps,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nulsq_cli.errors import pick
-from nulsq_cli.values import QuantSpec
+from nulsq_cli.errors import UsageError, pick
+from nulsq_cli.values import FLOAT_BITS, Bits, QuantSpec
 
 if TYPE_CHECKING:
     from nulsq_cli.methods.base import Quantizer
@@ -15,28 +15,81 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """Which quantizer sits on the weights and which on the activations, as `module:Class`."""
+    """Which quantizer sits on the weights and which on the activations, and what the two can do.
+
+    Args:
+        weights, activations: `module:Class`.
+        idea: one line for `nulsq ls methods`.
+        options: names that the quantizers' constructors take; `quant.options` in a recipe.
+        largest_weights, largest_activations: the widest that is defined, in bits.
+        per_channel: whether weights may have a table per output channel.
+        signed: whether inputs may be negative.
+        only_activations: the paper quantizes no weights; those of another method stand in.
+    """
 
     weights: str
     activations: str
     idea: str
+    options: tuple[str, ...] = ()
+    largest_weights: int = 8
+    largest_activations: int = 8
+    per_channel: bool = True
+    signed: bool = True
+    only_activations: bool = False
+
+    def complaint(self, bits: Bits, granularity: str, signed: bool | None) -> str | None:
+        """What this method cannot do of what is asked, or None.
+
+        Args:
+            bits: the widths asked for.
+            granularity: `tensor` or `channel`.
+            signed: whether inputs are declared to be signed; None leaves that to the data.
+        """
+        for side, width, most in (("weights", bits.weights, self.largest_weights),
+                                  ("activations", bits.activations, self.largest_activations)):  # fmt: skip
+            if width != FLOAT_BITS and width > most:
+                return f"has {side} of at most {most} bits, asked for {width}"
+        if granularity == "channel" and not self.per_channel and bits.weights != FLOAT_BITS:
+            return "has one weight table per tensor, asked for one per channel"
+        if signed and not self.signed and bits.activations != FLOAT_BITS:
+            return "has no form for signed inputs"
+        if self.only_activations and bits.activations == FLOAT_BITS and bits.weights != FLOAT_BITS:
+            return "quantizes activations; nothing of it is left when only weights are quantized"
+        return None
 
 
 METHODS: dict[str, Method] = {
-    "lsq": Method("lsq:LSQ", "lsq:LSQ", "one learned step per tensor"),
-    "nulsq-a": Method("lsq:LSQ", "nulsq:NuLSQ", "every gap of the activation levels is learned"),
-    "nulsq-w": Method("nulsq:NuLSQ", "lsq:LSQ", "every gap of the weight levels is learned"),
-    "nulsq-wa": Method("nulsq:NuLSQ", "nulsq:NuLSQ", "every gap of weight and activation levels is learned"),
+    "lsq": Method("lsq:LSQ", "lsq:LSQ", "one learned step per tensor", ("grad_scale",)),
+    "nulsq-a": Method("lsq:LSQ", "nulsq:NuLSQ", "every gap of the activation levels is learned", ("grad_scale",)),
+    "nulsq-w": Method("nulsq:NuLSQ", "lsq:LSQ", "every gap of the weight levels is learned", ("grad_scale",)),
+    "nulsq-wa": Method("nulsq:NuLSQ", "nulsq:NuLSQ", "every gap of weight and activation levels is learned", ("grad_scale",)),
 }
 
 
-def make_quantizer(method: str, spec: QuantSpec, **options: object) -> Quantizer:
+def make_quantizer(method: str, spec: QuantSpec, **options: Any) -> Quantizer:
     """Build the quantizer that `method` puts on a weight or an activation.
 
+    Args:
+        method: a name in `METHODS`.
+        spec: what the quantizer has to be.
+        options: of the method; those that only its other side takes are left out.
+
     Raises:
-        UsageError: no such method, or an option that its quantizer does not take.
+        UsageError: no such method, or an option or a value that it does not take.
     """
     line = pick(METHODS, method, "method")
-    module, name = (line.weights if spec.role == "weight" else line.activations).split(":")
-    quantizer = getattr(import_module(f"nulsq_cli.methods.{module}"), name)
-    return quantizer(spec, **options)
+    quantizer = quantizer_class(line.weights if spec.role == "weight" else line.activations)
+    for name in options:
+        pick(dict.fromkeys(line.options), name, f"option of {method}")
+    code = quantizer.__init__.__code__
+    taken = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    try:
+        return quantizer(spec, **{name: value for name, value in options.items() if name in taken})
+    except (TypeError, ValueError) as reason:
+        raise UsageError(f"{method}: {reason}", fix="see `nulsq ls methods` and the recipe's quant.options") from reason
+
+
+def quantizer_class(place: str) -> type[Quantizer]:
+    """The class behind `module:Class`."""
+    module, name = place.split(":")
+    return getattr(import_module(f"nulsq_cli.methods.{module}"), name)

@@ -16,7 +16,9 @@ class Quantizer(nn.Module):
     """Base of all quantizers. A method writes `initialize`, `quantize` and `levels`.
 
     In training mode the method's own formula runs, with its own gradient. In evaluation the
-    codebook runs, so that the exported tables compute the very same numbers.
+    codebook runs, so that the exported tables compute the very same numbers. Where the formula
+    transforms its input first (tanh, normalisation) or scales its output, `codebook` folds that
+    into the tables: thresholds live on the tensor as it comes in, levels are what goes out.
 
     Args:
         spec: what this quantizer has to be.
@@ -27,7 +29,13 @@ class Quantizer(nn.Module):
         self.spec = spec
 
     def initialize(self, stats: TensorStats, rule: str) -> None:
-        """Set the parameters from the statistics of the tensor that will be quantized."""
+        """Set the parameters from the statistics of the tensor that will be quantized.
+
+        Args:
+            stats: of the tensor, or of each of its channels.
+            rule: a name in `INITIALIZER_NAMES`; `paper` is what the method's authors do. A rule that
+                makes no sense for a method gives way to the one nearest to it.
+        """
         raise NotImplementedError
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -43,13 +51,22 @@ class Quantizer(nn.Module):
         return codebook.midpoints(self.levels())
 
     @torch.no_grad()
-    def codebook(self) -> Codebook:
-        """The tables that replace this quantizer at inference."""
+    def codebook(self, x: Tensor) -> Codebook:
+        """The tables that replace this quantizer at inference.
+
+        Args:
+            x: the tensor that is quantized. Most tables do not depend on it; those of methods that
+                normalise their weights do.
+        """
         return Codebook(self.levels().detach(), self.thresholds().detach())
 
     def steps(self) -> list[nn.Parameter]:
         """The learned quantizer parameters, which have their own optimizer."""
         return list(self.parameters())
+
+    def penalty(self) -> Tensor | None:
+        """A term that the method adds to the loss, (), or None."""
+        return None
 
     def after_step(self) -> None:
         """Called after every optimizer update, for what no gradient can express."""
@@ -59,7 +76,7 @@ class Quantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if self.training:
                 return self.quantize(x.float()).to(x.dtype)
-            tables = self.codebook()
+            tables = self.codebook(x.float())
             return codebook.lookup(x.float(), tables.levels, tables.thresholds).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -28,6 +28,7 @@ class LSQ(Quantizer):
     @torch.no_grad()
     def initialize(self, stats: TensorStats, rule: str) -> None:
         """Set the step by an even rule; `lloyd`, which is not even, gives way to `mse`."""
+        rule = "lsq" if rule == "paper" else rule
         self.step.copy_(initializers.even(rule)(stats, self.spec)[:, 0])
 
     def levels(self) -> Tensor:

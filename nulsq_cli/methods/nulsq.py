@@ -30,7 +30,8 @@ class NuLSQ(Quantizer):
 
     @torch.no_grad()
     def initialize(self, stats: TensorStats, rule: str) -> None:
-        """Set all gaps by a rule, even or not."""
+        """Set all gaps by a rule, even or not; the authors' is `nmse`."""
+        rule = "nmse" if rule == "paper" else rule
         self.gaps.copy_(pick(initializers.INITIALIZERS, rule, "initializer")(stats, self.spec))
 
     def levels(self, gaps: Tensor | None = None) -> Tensor:

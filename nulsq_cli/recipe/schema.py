@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from nulsq_cli.errors import suggest
+from nulsq_cli.methods import METHODS
 from nulsq_cli.recipe.fields import (
     NUMBER,
     AtLeastZero,
@@ -301,9 +303,31 @@ class Recipe(Section):
         if self.schedule.min_lr > rate:
             low = f"{self.schedule.min_lr:g}"
             wrong.append(f"schedule.min_lr: must not exceed optimizer.weights.lr, {rate:g}, got {low}")
+        wrong += self._impossible()
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
+
+    def _impossible(self) -> list[str]:
+        """What is asked of a method that it cannot do, layer rules included."""
+        q = self.quant
+        signed = q.signed if isinstance(q.signed, bool) else None
+        asked = [("quant.method", q.method, q.bits, q.granularity, signed)]
+        asked += [("quant.first_last.method", q.first_last.method, q.first_last.bits, q.granularity, signed)]
+        asked += [
+            (f"quant.rules.{i}", r.method or q.method, r.bits or q.bits, r.granularity or q.granularity,
+             signed if r.signed is None else r.signed) for i, r in enumerate(q.rules) if not r.skip
+        ]  # fmt: skip
+        wrong = []
+        for key, method, *wanted in asked:
+            if what := METHODS[method].complaint(*wanted):
+                wrong.append(f"{key}: {method} {what}")
+        known = METHODS[q.method].options
+        for name in q.options:
+            if name not in known:
+                near = suggest(name, known) if known else "it takes none"
+                wrong.append(f"quant.options.{name}: no option of {q.method} ({near})")
+        return wrong
 
     def to_yaml(self) -> str:
         """The recipe with everything resolved; it runs again as it is."""

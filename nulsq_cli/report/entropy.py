@@ -73,7 +73,7 @@ def count_activations(model: torch.nn.Module, batches: Any) -> dict[str, list[in
         batches: images, (N, C, H, W) each, on the model's device.
     """
     layers = {n: m for n, m in quant_layers(model).items() if m.input_quantizer is not None}
-    tables = {name: layer.input_quantizer.codebook() for name, layer in layers.items()}
+    tables = {name: layer.input_quantizer.codebook(torch.zeros(1)) for name, layer in layers.items()}
     counts = {name: torch.zeros(t.levels.shape[-1], dtype=torch.int64) for name, t in tables.items()}
 
     def hook(name: str) -> Any:

@@ -205,6 +205,9 @@ class Trainer:
         with hold:
             with torch.autocast(device.type, dtype=self.settings.amp, enabled=self.settings.amp is not None):
                 loss = self.task(images, target)["loss"]
+                for quantizer in self.quantizers:
+                    if (penalty := quantizer.penalty()) is not None:
+                        loss = loss + penalty
             self.scaler.scale(loss / group).backward()
         value = float(loss.detach())
         if not math.isfinite(value):
