@@ -46,6 +46,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
     plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, wanted)
     convert(model, plan)
     calibrate.initialize(model, stats, init, init)
+    calibrate.match_output_scales(model, chunks, len(kept))
     if reestimate_batchnorm:
         calibrate.reestimate_batchnorm(model, chunks, len(kept))
     model.nulsq_plan = plan  # type: ignore[assignment]

@@ -112,7 +112,7 @@ def _describe(name: str, layer: QuantLayer, counts: list[int] | None) -> dict[st
 def _rest(model: nn.Module, quantized: dict[str, QuantLayer]) -> tuple[dict[str, Tensor], int]:
     """Everything that is not quantized, under its float name, and the bytes of the float model."""
     packed = {f"{name}.weight" for name, layer in quantized.items() if layer.weight_quantizer is not None}
-    inner = tuple(f"{name}.{side}_quantizer." for name in quantized for side in ("weight", "input"))
+    inner = tuple(f"{name}.{own}." for name in quantized for own in ("weight_quantizer", "input_quantizer", "weight_freezer"))
     rest, total = {}, 0
     for key, tensor in model.state_dict().items():
         if key.startswith(inner):

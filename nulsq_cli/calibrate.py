@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nulsq_cli.convert import Plan
 from nulsq_cli.errors import InputError
 from nulsq_cli.initializers import measure
-from nulsq_cli.layers import evaluating, quant_layers
+from nulsq_cli.layers import QuantLayer, evaluating, quant_layers, without
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import TensorStats
 
@@ -141,6 +141,57 @@ def initialize(model: nn.Module, inputs: dict[str, TensorStats], weight_rule: st
 def _start(quantizer: Quantizer, stats: TensorStats, rule: str) -> None:
     quantizer.initialize(stats, rule)
     quantizer.after_step()
+
+
+@torch.no_grad()
+def match_output_scales(model: nn.Module, chunks: Chunks, count: int, reduce: Reduce = alone) -> int:
+    """Give the output of every layer whose weight quantizer has an `output_scale` the size it has in float.
+
+    The scale is multiplied by mean|float output| / mean|quantized output|, without the bias, which
+    it does not scale. Each such layer sees its input as in float: what it hands on is its float output.
+
+    Args:
+        model: the converted model, its quantizers started.
+        chunks, count, reduce: as in `measure_inputs`.
+
+    Returns:
+        How many layers there were; without any, no image is read.
+
+    Source: the first batch of EWGS, arXiv:2104.00903, as its authors' code starts it.
+    """
+    layers = {n: m for n, m in quant_layers(model).items() if hasattr(m.weight_quantizer, "output_scale")}
+    if not layers:
+        return 0
+    sums = {name: torch.zeros(count, 2, dtype=torch.float64) for name in layers}  # float, quantized
+    now = 0
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def see(layer: QuantLayer, args: tuple[Tensor], _: Tensor) -> Tensor:
+            with without(layer, "bias"):
+                quantized = layer.forward(*args)
+            with without(layer, "weight_quantizer", "input_quantizer"):
+                exact = layer.forward(*args)
+                with without(layer, "bias"):
+                    unbiased = layer.forward(*args)
+            sums[name][now] += torch.stack([y.double().abs().sum().cpu() for y in (unbiased, quantized)])
+            return exact
+
+        return see
+
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model):
+            for now, images in chunks():  # noqa: B007 the hooks read it
+                model(images.to(device))
+    finally:
+        for h in hooks:
+            h.remove()
+    for name, layer in layers.items():
+        exact, quantized = reduce(sums[name], "sum").sum(0)
+        if exact > 0 and quantized > 0:
+            layer.weight_quantizer.output_scale.mul_((exact / quantized).to(device))
+    return len(layers)
 
 
 @torch.no_grad()

@@ -93,9 +93,15 @@ class Plan:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all weights, packed, and of everything else in float32; level tables not counted."""
-        saved = sum(p.weights * 4 - (p.weights * p.weight_bits + 7) // 8 for p in self.layers)
-        return self.float_bytes - saved
+        """Bytes of all weights, packed, of their level tables, and of everything else in float32; names not counted."""
+        total = self.float_bytes
+        for p in self.layers:
+            if p.weight_bits < FLOAT_BITS:
+                tables = 2**p.weight_bits * (p.shape[0] if p.granularity == "channel" else 1)
+                total += (p.weights * p.weight_bits + 7) // 8 + 4 * tables - 4 * p.weights
+            if p.input_bits < FLOAT_BITS:
+                total += 4 * (2 * 2**p.input_bits - 1)
+        return total
 
     @property
     def average_weight_bits(self) -> float:

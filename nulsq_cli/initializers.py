@@ -39,24 +39,61 @@ def lsq(stats: TensorStats, spec: QuantSpec) -> Tensor:
 
 def mse(stats: TensorStats, spec: QuantSpec) -> Tensor:
     """The even step that minimises the squared error of the measured distribution itself."""
-    reach = torch.maximum(stats.largest, -stats.least) / max(spec.positive, spec.negative)
+    return _even_gaps(best_scale(stats, torch.arange(-spec.negative, spec.positive + 1)), spec)
+
+
+def best_scale(stats: TensorStats, levels: Tensor) -> Tensor:
+    """The factor on a table of levels that minimises the squared error of the measured distribution.
+
+    Args:
+        stats: of the tensor as it meets the table.
+        levels: (K,), ascending, in any unit.
+
+    Returns:
+        (C,) positive float64.
+    """
+    levels = levels.double().to(stats.points.device)
+    cuts = (levels[1:] + levels[:-1]) / 2
+    points, moment = stats.points.contiguous(), stats.mass * stats.points
+    sums = [torch.nn.functional.pad(s.cumsum(1), (1, 0)) for s in (stats.mass, moment)]
+
+    def error(scale: Tensor) -> Tensor:
+        """Up to the tensor's own power, which no scale changes."""
+        ends = torch.searchsorted(points, scale[:, None] * cuts, right=True)
+        ends = torch.nn.functional.pad(torch.nn.functional.pad(ends, (1, 0)), (0, 1), value=points.shape[1])
+        inside, total = (s.gather(1, ends).diff(dim=1) for s in sums)
+        table = scale[:, None] * levels
+        return (table * (table * inside - 2 * total)).sum(1)
+
+    reach = torch.maximum(stats.largest, -stats.least) / levels.abs().amax()
     # A coarse geometric search, then two finer ones around its best: the error has local minima.
     reach = reach.clamp_min(SMALLEST)
     low, high = reach / 64, reach * 1.25
     best = reach
-    for points in (48, 24, 24):
-        ratio = (high / low.clamp_min(SMALLEST)) ** (1 / (points - 1))
-        candidates = torch.stack([low * ratio**i for i in range(points)])
-        errors = torch.stack([_even_error(stats, spec, c) for c in candidates])
+    for points_tried in (48, 24, 24):
+        ratio = (high / low.clamp_min(SMALLEST)) ** (1 / (points_tried - 1))
+        candidates = torch.stack([low * ratio**i for i in range(points_tried)]).clamp_min(SMALLEST)
+        errors = torch.stack([error(c) for c in candidates])
         best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
         low, high = best / ratio, best * ratio
-    return _even_gaps(best, spec)
+    return best
 
 
-def _even_error(stats: TensorStats, spec: QuantSpec, step: Tensor) -> Tensor:
-    step = step.clamp_min(SMALLEST)[:, None]
-    nearest = (stats.points / step).round_().clamp_(-spec.negative, spec.positive).mul_(step)
-    return nearest.sub_(stats.points).square_().mul_(stats.mass).sum(1)
+def clip(rule: str, stats: TensorStats, spec: QuantSpec, levels: Tensor) -> Tensor:
+    """Where the highest level starts, for methods that learn it instead of a step.
+
+    Args:
+        rule: a name in `INITIALIZERS`. `mse` and `lloyd` fit the method's own levels, the other rules an even grid.
+        stats: of the tensor as the method sees it.
+        spec: what the quantizer has to be.
+        levels: (K,), ascending, the method's table with its highest level at 1.
+
+    Returns:
+        (C,) positive float64.
+    """
+    if even(rule) is mse:
+        return best_scale(stats, levels)
+    return even(rule)(stats, spec)[:, 0] * spec.positive
 
 
 def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 500, tolerance: float = 1e-7) -> Tensor:
@@ -69,7 +106,7 @@ def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 500, tolerance:
     """
     even_step = mse(stats, spec)[:, :1]
     levels = even_step * torch.arange(-spec.negative, spec.positive + 1, dtype=torch.float64, device=even_step.device)
-    sums = _RunningSums(stats)
+    sums = RunningSums(stats)
     for _ in range(iterations):
         inside, total = sums.between((levels[:, 1:] + levels[:, :-1]) / 2)
         moved = torch.where(inside > 0, total / inside.clamp_min(1e-300), levels)
@@ -84,7 +121,7 @@ def lloyd(stats: TensorStats, spec: QuantSpec, iterations: int = 500, tolerance:
     return torch.maximum(levels.diff(dim=1), even_step * 1e-2).clamp_min(SMALLEST)
 
 
-class _RunningSums:
+class RunningSums:
     """Mass and moment of a distribution up to any place, with each point's mass spread halfway to its neighbours.
 
     Without the spreading a threshold that moves by less than the distance of two points changes
@@ -117,6 +154,17 @@ def even(name: str) -> Initializer:
     """The rule of that name, or its even counterpart where the rule is not even (`lloyd` -> `mse`)."""
     rule = pick(INITIALIZERS, name, "initializer")
     return mse if rule is lloyd else rule
+
+
+def standardized(stats: TensorStats) -> TensorStats:
+    """The statistics of (x - mean) / std, from those of x."""
+    std = stats.std.clamp_min(SMALLEST)
+    points = (stats.points - stats.mean[:, None]) / std[:, None]
+    return TensorStats(
+        count=stats.count, mean=torch.zeros_like(std), mean_abs=(points.abs() * stats.mass).sum(1) / stats.mass.sum(1),
+        mean_square=(stats.mean_square - stats.mean**2).clamp_min(0) / std**2, std=stats.std / std,
+        least=(stats.least - stats.mean) / std, largest=(stats.largest - stats.mean) / std, points=points, mass=stats.mass,
+    )  # fmt: skip
 
 
 def measure(values: Tensor, channels: int = 1, bins: int = 4096) -> TensorStats:

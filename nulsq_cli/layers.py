@@ -27,22 +27,42 @@ class QuantLayer(nn.Module):
     weight: nn.Parameter
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    weight_freezer: nn.Module | None
 
     def _adopt(self, layer: nn.Module, weights: Quantizer | None, inputs: Quantizer | None) -> None:
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input_quantizer = weights, inputs
+        self.weight_freezer = None  # the stabilizer `freezing` puts one here
         self.train(layer.training)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's arithmetic on what it is given."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer on its quantized input and weight."""
+        return self.compute(self.quantized_input(x), self.quantized_weight())
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
-        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            return self.weight
+        if self.weight_freezer is None:
+            return quantizer(self.weight)
+        weight = self.weight_freezer.still(self.weight)
+        exact = weight.float()
+        # Before the quantizer runs: one that fits its table in training changes it.
+        levels = quantizer.trained_levels(exact) if quantizer.training else quantizer.codebook(exact).levels
+        return self.weight_freezer(quantizer(weight), levels)
 
     @torch.no_grad()
     def weight_codes(self) -> tuple[Codebook, Tensor]:
         """The weight as it is packed: its tables, and a uint8 code for every entry."""
         weight = self.weight.float()
         tables = self.weight_quantizer.codebook(weight)
-        return tables, codebook.encode(weight, tables.thresholds)
+        codes = codebook.encode(weight, tables.thresholds)
+        return tables, codes if self.weight_freezer is None else self.weight_freezer.codes(codes)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input that the layer computes with."""
@@ -50,7 +70,7 @@ class QuantLayer(nn.Module):
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """`nn.Conv2d` on quantized weights and inputs. Zero padding stays exact: every table has a 0."""
+    """`nn.Conv2d` on quantized weights and inputs. Padding comes after quantization: exact zeros, in any table or not."""
 
     def __init__(self, layer: nn.Conv2d, weights: Quantizer | None, inputs: Quantizer | None) -> None:
         with torch.device("meta"):
@@ -60,20 +80,17 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             )  # fmt: skip
         self._adopt(layer, weights, inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, H', W')."""
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class QuantConv2dSame(QuantConv2d):
     """timm's TensorFlow-padded convolution, on quantized weights and inputs."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, ceil(H / stride), ceil(W / stride))."""
-        return conv2d_same(
-            self.quantized_input(x), self.quantized_weight(), self.bias,
-            self.stride, self.padding, self.dilation, self.groups,
-        )  # fmt: skip
+        return conv2d_same(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -84,9 +101,9 @@ class QuantLinear(QuantLayer, nn.Linear):
             nn.Linear.__init__(self, layer.in_features, layer.out_features, layer.bias is not None)
         self._adopt(layer, weights, inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return F.linear(x, weight, self.bias)
 
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
@@ -107,6 +124,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def without(module: nn.Module, *names: str) -> Iterator[None]:
+    """Some parameters or children of a module are None inside, and back afterwards."""
+    kept = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, None)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

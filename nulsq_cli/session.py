@@ -16,7 +16,10 @@ from nulsq_cli import artifact, recipe
 from nulsq_cli.convert import Plan, Policy, Rule, convert
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import read_json
+from nulsq_cli.layers import quant_layers
 from nulsq_cli.models import create_float_model, float_info
+from nulsq_cli.stabilizers import make_stabilizers
+from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, data, datasets, transforms
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.world import World
@@ -50,6 +53,11 @@ def policy(r: recipe.Recipe) -> Policy:
     rules = tuple(Rule(x.match, x.bits, x.method, x.granularity, x.signed, x.skip) for x in q.rules)
     return Policy(q.bits, q.method, q.granularity, q.signed, q.first_last.bits, q.first_last.method, rules,
                   dict(q.options))  # fmt: skip
+
+
+def stabilizers(r: recipe.Recipe, model: nn.Module) -> list[Stabilizer]:
+    """The recipe's stabilizers around a converted model; what they remember is put into its layers."""
+    return make_stabilizers(quant_layers(model), [s.model_dump() for s in r.quant.stabilizers])
 
 
 @dataclass(frozen=True)
@@ -129,17 +137,19 @@ class Run:
     def model(self) -> nn.Module:
         """The trained model at its best epoch, in evaluation mode."""
         best = self.folder / "checkpoints" / "best.safetensors"
-        if not best.exists():
-            best = best.with_name("last.safetensors")
-        tensors, _ = checkpoint.load(best)
+        used = best if best.exists() else best.with_name("last.safetensors")
+        tensors, notes = checkpoint.load(used)
+        if used != best and notes["progress"]["best"]:
+            raise InputError("is missing", where=best, fix="restore it, or start a new run")
         info = read_json(self.folder / "model.json")
         model = create_float_model(info["architecture"], kwargs=info["arguments"])
         if self.plan is not None:
             convert(model, self.plan)
+            stabilizers(self.recipe, model)  # the state that they left in layers is a part of the model
         try:
             model.load_state_dict(tensors.get("ema") or tensors["model"])
         except (RuntimeError, KeyError) as reason:
-            raise InputError("does not fit the run's plan", where=best) from reason
+            raise InputError("does not fit the run's plan", where=used) from reason
         return model.eval()
 
 

@@ -118,6 +118,33 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One stretch of a run.
+
+    Args:
+        name: for people.
+        epochs: how long.
+        bits: the model's widths meanwhile; first and last layers keep theirs.
+        lesson: `labels`; `tutor`, labels and a frozen teacher; `mutual`, the teacher learns from the student too.
+        continues: whether optimizers and schedule go on from the phase before, or start anew.
+        only_norms: norms, biases and steps train, weights stand still.
+        samples_instability: meanwhile measure how much updates of a layer's codes shake its output.
+        frozen_share: 0..1, the share of layers, the most unstable first, whose weights stand still.
+        teacher_lr: the teacher's learning rate in a `mutual` lesson.
+    """
+
+    name: str
+    epochs: int
+    bits: Bits
+    lesson: Literal["labels", "tutor", "mutual"] = "labels"
+    continues: bool = False
+    only_norms: bool = False
+    samples_instability: bool = False
+    frozen_share: float = 0.0
+    teacher_lr: float = 0.0
+
+
+@dataclass(frozen=True)
 class TensorStats:
     """What was measured of a tensor: exact moments, and its distribution as weighted points.
 

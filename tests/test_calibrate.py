@@ -7,6 +7,7 @@ import torch
 
 from nulsq_cli import calibrate
 from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.layers import quant_layers
 from nulsq_cli.models import create_float_model
 from nulsq_cli.values import Bits
 
@@ -91,3 +92,51 @@ def test_starting_twice_gives_the_same_steps():
 def test_a_model_without_batchnorm_is_fine():
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
     assert calibrate.reestimate_batchnorm(net, lambda: [(0, torch.randn(2, 3, 32, 32))], 1) == 0
+
+
+def scaled_model(reduce=calibrate.alone, rank=0, world=1, started=True):
+    net = model()
+    torch.nn.init.normal_(net.linear.bias)
+    plan = make_plan(net, Policy(Bits(3, 3), "ewgs", first_last_method="ewgs"), (3, 16, 16))
+    stats = calibrate.measure_inputs(net, calibrate.layers_to_measure(plan), chunks(16), 3)
+    calibrate.initialize(convert(net, plan), stats, "paper", "paper")
+    if started:
+        calibrate.match_output_scales(net, chunks(8, rank, world), 6, reduce)
+    return net
+
+
+def test_layers_with_an_output_scale_keep_the_size_of_their_output():
+    exact, net, inputs = model(), scaled_model(), {}
+    for name in quant_layers(net):
+        exact.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
+    exact(IMAGES)
+    for name, layer in quant_layers(net.eval()).items():
+        layer.bias, twin = None, exact.get_submodule(name)
+        twin.bias = None
+        sizes = [m.forward(inputs[name]).abs().mean() for m in (layer, twin)]
+        torch.testing.assert_close(*sizes, rtol=1e-5, atol=0)
+
+
+def test_matching_leaves_everything_else_as_it_was():
+    before, net = scaled_model(started=False), scaled_model()
+    after = net.state_dict()
+    assert list(after) == list(before.state_dict()) and not net.conv1._forward_hooks
+    moved = {k for k, v in before.state_dict().items() if not torch.equal(v, after[k])}
+    assert moved == {f"{name}.weight_quantizer.output_scale" for name in quant_layers(net)}
+
+
+def test_two_processes_match_the_same_scales():
+    halves = []
+    for rank in (0, 1):
+        seen = []
+        scaled_model(lambda v, how, seen=seen: (seen.append(v.clone()), v)[1], rank, 2)
+        halves.append(seen)
+    together = iter([a + b for a, b in zip(*halves, strict=True)])
+    shared = scaled_model(lambda v, how: next(together), 0, 2)
+    assert all(torch.equal(v, shared.state_dict()[k]) for k, v in scaled_model().state_dict().items())
+
+
+def test_without_an_output_scale_no_image_is_read():
+    net = model()
+    convert(net, make_plan(net, Policy(Bits(3, 3), "lsq"), (3, 16, 16)))
+    assert calibrate.match_output_scales(net, lambda: 1 / 0, 3) == 0

@@ -81,3 +81,32 @@ def test_channels_are_measured_apart():
     for c in range(3):
         alone = initializers.lloyd(initializers.measure(x[c]), QuantSpec(3, True, "weight"))
         torch.testing.assert_close(together[c], alone[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("levels", [[0, 1, 2, 3], [-1.0, -0.25, 0, 0.25, 1], [-3, -1, 1, 3], [0, 0.25, 0.5, 1]])
+def test_the_best_scale_is_the_one_that_trying_all_finds(levels):
+    x = NORMAL[:2000] if levels[0] < 0 else NORMAL[:2000].relu()
+    table = torch.tensor(levels, dtype=torch.float64)
+    best = float(initializers.best_scale(initializers.measure(x), table)[0])
+
+    def error(scale: float) -> float:
+        return float((x.double()[:, None] - scale * table).abs().amin(1).square().mean())
+
+    tried = torch.logspace(-2, 1, 600).tolist()
+    assert error(best) <= min(error(scale) for scale in tried) * 1.002
+
+
+def test_standardized_statistics_are_those_of_the_standardized_tensor():
+    x = NORMAL[:900].view(3, 300) * torch.tensor([[1.0], [2], [3]]) + 0.5
+    ours = initializers.standardized(initializers.measure(x, 3))
+    x = x.double()
+    truth = initializers.measure((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True), 3)
+    for name in ("mean", "mean_abs", "mean_square", "std", "least", "largest", "points", "mass"):
+        torch.testing.assert_close(getattr(ours, name), getattr(truth, name), rtol=1e-9, atol=1e-9)
+
+
+def test_a_clip_is_as_many_even_steps_as_there_are_levels_above_zero():
+    stats, spec = initializers.measure(NORMAL[:5000]), QuantSpec(3, True)
+    even = torch.arange(-3, 4) / 3
+    assert float(initializers.clip("nmse", stats, spec, even)) == pytest.approx(3 * float(initializers.nmse(stats, spec)[0, 0]))
+    assert float(initializers.clip("lloyd", stats, spec, even)) == float(initializers.best_scale(stats, even))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 
 import typer
 
-from nulsq_cli.cli import commands, finetune
+from nulsq_cli.cli import commands, compare, finetune, launch
 from nulsq_cli.errors import NulsqError
 
 app = typer.Typer(
@@ -17,6 +21,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("finetune", context_settings={"allow_interspersed_args": True})(finetune.finetune)
 app.command("plan")(finetune.plan)
+app.command("compare")(compare.compare)
 for name, command in commands.COMMANDS.items():
     app.command(name)(command)
 
@@ -39,21 +44,48 @@ def main() -> None:
     arguments = sys.argv[1:]
     verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        app(args=[a for a in arguments if a not in ("-v", "--verbose")], prog_name="nulsq")
-    except NulsqError as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted\n  fix: go on with the same command and --resume auto", file=sys.stderr)
-        sys.exit(130)
+        with _only_the_first_speaks():
+            app(args=[a for a in arguments if a not in ("-v", "--verbose")], prog_name="nulsq")
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if verbose:
             traceback.print_exc()
-        print(f"error: unexpected {type(error).__name__}: {error}\n  fix: this is a bug; run again with -v and report it",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(1)
+        sys.exit(_end(error))
+
+
+def _end(error: BaseException) -> int:
+    """Say what went wrong, once however many processes it happens to, and return the exit code."""
+    code = 1
+    if isinstance(error, NulsqError):
+        text, code = f"error: {error}", error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "error: interrupted\n  fix: go on with the same command and --resume auto", 130
+    else:
+        text = f"error: unexpected {type(error).__name__}: {error}\n  fix: this is a bug; run again with -v and report it"
+    if not launch.one_of_many():
+        print(text, file=sys.stderr)
+        return code
+    from nulsq_cli.training import world
+
+    if world.lost_another(error):
+        text = ("error: another process of this run has ended, or cannot be reached any more\n"
+                "  fix: see what became of it; then go on with the same command and --resume auto")  # fmt: skip
+        time.sleep(1)  # it may still be about to say why
+    return world.speak_once(text, code)
+
+
+@contextlib.contextmanager
+def _only_the_first_speaks() -> Iterator[None]:
+    """Nothing that a command prints in one of many processes is seen, but for the first."""
+    if not launch.one_of_many() or os.environ["RANK"] == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            yield
+        except SystemExit as end:
+            if end.code:  # a mistake in the command line: the first process makes it, too, and ends this one when it has spoken
+                time.sleep(launch.PATIENCE)
+            raise

@@ -24,6 +24,8 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="timm dataset.")] = None,
     val_split: Annotated[str | None, typer.Option("--val-split", help="Name of the split.")] = None,
+    mean: Annotated[tuple[float, float, float] | None, typer.Option("--mean", help="Mean of each channel.")] = None,
+    std: Annotated[tuple[float, float, float] | None, typer.Option("--std", help="Deviation of each channel.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per batch.")] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
     as_json: Json = False, quiet: Quiet = False, no_color: NoColor = False,
@@ -41,15 +43,13 @@ def evaluate(
             flags["model.initial_checkpoint"] = ("--initial-checkpoint", initial_checkpoint)
         wanted = recipe.load("imagenet", flags=flags)
     from nulsq_cli import jobs
-    from nulsq_cli.errors import CheckFailedError
 
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)
     given = {"data_dir": data_dir, "dataset": dataset, "val_split": val_split, "batch_size": batch_size,
-             "validation_batch_size": batch_size}  # fmt: skip
+             "validation_batch_size": batch_size, "mean": mean and list(mean), "std": std and list(std)}  # fmt: skip
     result = jobs.evaluate(target or str(model), wanted, given, show=show)
     show.result(result)
-    if min_top1 is not None and result["top1"] < min_top1:
-        raise CheckFailedError(f"top-1 is {result['top1']:.2f} %, below the {min_top1:g} % that were asked for")
+    jobs.check_top1(result["top1"], min_top1, result["target"])
 
 
 def export(
@@ -102,7 +102,7 @@ def validate(
 
 
 def ls(
-    what: Annotated[str, typer.Argument(help="recipes, models, methods or runs")] = "recipes",
+    what: Annotated[str, typer.Argument(help="recipes, models, methods, stabilizers or runs")] = "recipes",
     pattern: Annotated[str, typer.Argument(help="Models whose name contains this; runs below this folder.")] = "",
     as_json: Json = False, no_color: NoColor = False,
 ) -> None:  # fmt: skip
@@ -118,6 +118,12 @@ def ls(
         _listing(show, ["method", "weights", "activations", "idea"], [
             [name, m.weights.split(":")[1], m.activations.split(":")[1], m.idea] for name, m in METHODS.items()
         ])  # fmt: skip
+    elif what == "stabilizers":
+        from nulsq_cli.stabilizers import STABILIZERS
+
+        _listing(show, ["stabilizer", "idea", "options"], [
+            [name, line.idea, ", ".join(f"{k}={v}" for k, v in line.options.items())] for name, line in STABILIZERS.items()
+        ])  # fmt: skip
     elif what == "models":
         from nulsq_cli import jobs
 
@@ -125,7 +131,7 @@ def ls(
     elif what == "runs":
         _listing(show, ["run", "model", "bits", "method", "top-1 %", "epoch"], _runs(Path(pattern or "output")))
     else:
-        raise UsageError(f"cannot list {what!r}", fix="choose from recipes, models, methods, runs")
+        raise UsageError(f"cannot list {what!r}", fix="choose from recipes, models, methods, stabilizers, runs")
 
 
 def _listing(show: Show, columns: list[str], rows: list[list[str]]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nulsq_cli.cli.launch import inside_a_launch, launch
 from nulsq_cli.cli.show import Show
 from nulsq_cli.errors import UsageError
 
@@ -21,6 +23,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--in-chans", "model.in_chans", int, "Channels of the images."),
     ("--bits", "quant.bits", str, "Weight/activation bits, each 2..8, or 32 for float."),
     ("--method", "quant.method", str, "nulsq-a, nulsq-w, nulsq-wa or lsq: `nulsq ls methods`."),
+    ("--stabilizer", "quant.stabilizers", list[str], "bin-reg, dampening or freezing; may be repeated: `nulsq ls stabilizers`."),
     ("--granularity", "quant.granularity", str, "Weight levels per `tensor` or per `channel`."),
     ("--first-last", "quant.first_last.bits", str, "Bits of the first and the last layer."),
     ("--data-dir", "data.data_dir", str, "Folder of the data."),
@@ -69,6 +72,8 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--task-loss-weight", "teacher.task_weight", float, "Weight of the loss on labels."),
     ("--amp-dtype", "engine.amp", str, "Autocast to bfloat16 or float16."),
     ("--grad-accum-steps", "engine.grad_accum_steps", int, "Batches per update."),
+    ("--sync-bn", "engine.sync_bn", bool, "BatchNorm over the batches of all processes (GPUs only)."),
+    ("--dist-bn", "engine.dist_bn", str, "What running statistics become after an epoch: reduce, broadcast or none."),
     ("--channels-last", "engine.channels_last", bool, "NHWC memory: convolutions are often faster."),
     ("--device", "engine.device", str, "cpu, cuda ... (default: auto)."),
     ("--seed", "seed", int, "Seed of everything random."),
@@ -87,11 +92,11 @@ Items = Annotated[
 ]
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the flags above to a command; it receives those that were given as `given`."""
+def with_flags(command: Callable[..., None], leave_out: Collection[str] = ()) -> Callable[..., None]:
+    """Add the flags above, but for some keys, to a command; it receives those that were given as `given`."""
     own = list(inspect.signature(command, eval_str=True).parameters.values())
     added, keys = [], {}
-    for spelling, key, kind, text in FLAGS:
+    for spelling, key, kind, text in (flag for flag in FLAGS if flag[1] not in leave_out):
         name = key.replace(".", "_")
         keys[name] = (key, spelling.split(",")[0])
         wanted = f"{spelling}/--no-{spelling[2:]}" if kind is bool else spelling
@@ -129,6 +134,9 @@ def read(items: list[str] | None, given: dict[str, tuple[str, Any]]) -> Any:
             raise UsageError(f"got a second recipe, {item!r}", fix="give one recipe, then key.path=value")
     if name is None:
         name = "imagenet" if "model.name" in given else "quickstart"
+    if "quant.stabilizers" in given:
+        flag, names = given["quant.stabilizers"]
+        given = {**given, "quant.stabilizers": (flag, [{"name": n} for n in names])}
     if given.get("model.initial_checkpoint") and "model.pretrained" not in given:
         given = {**given, "model.pretrained": ("--initial-checkpoint", False)}
     return recipe.load(name, flags=given, overrides=changes)
@@ -143,6 +151,7 @@ def finetune(
     no_export: Annotated[bool, typer.Option("--no-export", help="Do not write the packed file.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")] = False,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
+    nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="Processes that train together here.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="Plain text.")] = False,
@@ -152,6 +161,8 @@ def finetune(
     Without arguments: the quickstart, 1797 handwritten digits and a small network at 2 bits.
     """
     wanted = read(items, given)
+    if nproc_per_node > 1 and not inside_a_launch():
+        raise typer.Exit(launch(sys.argv[1:], nproc_per_node))
     from nulsq_cli import jobs
 
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nulsq_cli.files import append_line
+
 VIOLET = "medium_purple1"
 
 
@@ -44,8 +46,11 @@ class Show:
         if not self.quiet:
             (self.live.console if self.live else self.console).print(text, style=style, markup=False)
         if self.log is not None:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            append_line(self.log, text)
+
+    def silent(self) -> Show:
+        """For one run of many: it writes its own log, and of all of them people want the results."""
+        return Show(as_json=self.as_json, quiet=True)
 
     def heading(self, text: str) -> None:
         """Opens a stage of the run."""

@@ -1,7 +1,8 @@
 """One function per command: the only place where the rooms meet."""
 
+from nulsq_cli.jobs.comparison import Matrix, compare
 from nulsq_cli.jobs.environment import environment
 from nulsq_cli.jobs.finetuning import finetune
-from nulsq_cli.jobs.targets import entropy, evaluate, export, models, plan
+from nulsq_cli.jobs.targets import check_top1, entropy, evaluate, export, models, plan
 
-__all__ = ["entropy", "environment", "evaluate", "export", "finetune", "models", "plan"]
+__all__ = ["Matrix", "check_top1", "compare", "entropy", "environment", "evaluate", "export", "finetune", "models", "plan"]

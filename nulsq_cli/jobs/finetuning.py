@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm.layers
 import timm.task
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import safe_model_name
 from torch import Tensor, nn
 
 from nulsq_cli import calibrate, recipe, session
 from nulsq_cli.convert import Plan, convert, make_plan, with_signs
-from nulsq_cli.errors import CheckFailedError, InputError, UsageError
-from nulsq_cli.files import read_json, write_atomically, write_json, write_text
+from nulsq_cli.errors import InputError, UsageError
+from nulsq_cli.files import make_folder, read_json, remove_leftovers, write_atomically, write_json, write_text
 from nulsq_cli.jobs.environment import environment
-from nulsq_cli.jobs.targets import export
+from nulsq_cli.jobs.logs import Logs
+from nulsq_cli.jobs.targets import check_top1, export
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fused
-from nulsq_cli.training import data, datasets, transforms
-from nulsq_cli.training.engine import Settings, Trainer, newest
+from nulsq_cli.training import checkpoint, data, datasets, transforms
+from nulsq_cli.training.engine import Settings, Trainer
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World, join
 from nulsq_cli.values import Score
@@ -45,26 +46,36 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     world = join(r.engine.device)
     torch.use_deterministic_algorithms(r.engine.deterministic)
     if not world.primary:
-        show.quiet = True
-    folder = _run_folder(r, folder, resume)
-    resumed = newest(folder / "checkpoints") if resume else None
+        show.quiet, show.as_json = True, False
+    folder = world.share(_run_folder(r, folder, resume))
+    if r.engine.sync_bn and world.size > 1 and world.device.type == "cpu":
+        raise UsageError("engine.sync_bn: torch synchronizes BatchNorm on GPUs only", fix="leave out --sync-bn")
 
     show.heading(f"Model {r.model.name}")
     torch.manual_seed(r.seed)
-    model = session.float_model(r)
-    config = session.data_config(r, model)
-    splits = session.open_splits(r, config)
+    with world.one_first():
+        model = session.float_model(r)
+        config = session.data_config(r, model)
+        splits = session.open_splits(r, config)
+        teacher = _teacher(r, model, config)
     datasets.check_enough_outputs(splits.train, model.num_classes)
     model.to(world.device, memory_format=session.memory_format(r))
     plan = make_plan(model, session.policy(r), config["input_size"])
     is_float = all(not p.quantized for p in plan.layers)
     if dry_run:
         show.plan(plan.to_json())
+        world.leave()
         return {"dry_run": True, "run": str(folder), "plan": plan.to_json()}
 
     if world.primary:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        remove_leftovers(folder)
         show.log_to(folder / "train.log")
+    world.wait()
+    if not folder.is_dir():
+        raise InputError("is not the same folder on all machines of this run", where=folder,
+                         fix="choose one on storage that they share, with -o")  # fmt: skip
+    resumed = checkpoint.latest(folder / "checkpoints", show.say) if resume else None
     _choose_quantizer_speed(r, splits, config, show)
     show.say(f"  {session.float_info(model)['resolved']} · {len(splits.train)} training images"
              f" · {len(splits.validation)} in split {r.data.val_split!r} · {world.device}")  # fmt: skip
@@ -74,10 +85,10 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         start["float"] = session.score(model, splits.validation, splits.eval_transform, world, r)
     show.score("float", start["float"].top1, start["float"].top5, start["float"].samples)
 
-    teacher = _teacher(r, model, config)
     stored = Plan.from_json(read_json(folder / "plan.json")) if resumed else None
     if stored is not None:
         _same_plan(plan, stored, r)
+        _same_stabilizers(recipe.load(folder / "recipe.yaml"), r)
         plan = stored
     if not is_float:
         plan = _quantize(r, model, plan, splits, world, show, measured=stored is None)
@@ -92,7 +103,8 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     trainer = _trainer(r, model, teacher, splits, world, folder, show)
     if resumed:
         trainer.restore(resumed)
-        show.say(f"  resumed from {resumed.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
+        trainer.watcher.write(trainer.progress.rows)  # whatever was killed between the checkpoint and the logs
+        show.say(f"  resumed from {resumed.path.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
     else:
         trainer.save("last")
     if r.schedule.epochs:
@@ -116,7 +128,8 @@ def _run_folder(r: recipe.Recipe, folder: Path | None, resume: str | None) -> Pa
             raise UsageError("--resume auto needs the run folder", fix="name it with -o DIR")
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         bits = str(r.quant.bits).replace("/", "a")
-        folder = Path(r.output.dir) / f"{stamp}-{r.output.experiment or safe_model_name(r.model.name)}-w{bits}"
+        name = r.output.experiment or re.sub(r"[^\w.-]+", "_", r.model.name)
+        folder = Path(r.output.dir) / f"{stamp}-{name}-w{bits}"
     if (folder / "recipe.yaml").exists() and resume is None:
         raise UsageError("already holds a run", where=folder,
                          fix="choose another folder with -o, or go on with --resume auto")  # fmt: skip
@@ -154,6 +167,14 @@ def _same_plan(now: Plan, stored: Plan, r: recipe.Recipe) -> None:
                          fix="resume with the bits, method and rules of the run, or start a new one with -o")  # fmt: skip
 
 
+def _same_stabilizers(before: recipe.Recipe, now: recipe.Recipe) -> None:
+    """What stabilizers remember was counted under their options."""
+    if before.quant.stabilizers != now.quant.stabilizers:
+        names = ", ".join(s.name for s in before.quant.stabilizers) or "none"
+        raise UsageError(f"the run was made with other stabilizers, or other options of them ({names})",
+                         fix="resume with the quant.stabilizers of the run, or start a new one with -o")  # fmt: skip
+
+
 def _quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Splits, world: World, show: Any, *,
               measured: bool) -> Plan:  # fmt: skip
     """Convert the model in place; a new run also measures, starts its steps and re-estimates BatchNorm."""
@@ -168,6 +189,7 @@ def _quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Sp
     show.plan(plan.to_json())
     convert(model, plan)
     calibrate.initialize(model, stats, q.init.weights, q.init.activations)
+    calibrate.match_output_scales(model, *passes, world.reduce)
     if r.bn.reestimate_samples:
         passes = session.chunks(splits.train, splits.eval_transform, r.bn.reestimate_samples, world, r)
         count = calibrate.reestimate_batchnorm(model, *passes, world.reduce)
@@ -185,37 +207,16 @@ def _write_start(folder: Path, r: recipe.Recipe, model: nn.Module, config: dict[
     write_text(folder / "recipe.yaml", r.to_yaml())
 
 
-class _Logs:
-    """Passes progress on to the display, and writes the two machine-readable logs of a run."""
-
-    def __init__(self, folder: Path, show: Any, write: bool) -> None:
-        self.folder, self.show, self.write = folder, show, write
-
-    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
-             images_per_second: float) -> None:  # fmt: skip
-        """Shown; not kept."""
-        self.show.step(epoch, batch, batches, loss, rates, images_per_second)
-
-    def epoch(self, rows: list[dict[str, Any]]) -> None:
-        """Shown; the logs are rewritten from the run's own rows, so a resumed run has each epoch once."""
-        self.show.epoch(rows[-1])
-        if self.write:
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
-            write_text(self.folder / "summary.csv", "\n".join(lines) + "\n")
-
-    def say(self, text: str) -> None:
-        """Shown."""
-        self.show.say(text)
-
-
 def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, splits: session.Splits, world: World,
              folder: Path, show: Any) -> Trainer:  # fmt: skip
     d, a, e = r.data, r.data.augment, r.engine
+    if e.sync_bn and world.size > 1:
+        timm.layers.convert_sync_batchnorm(model)
+    steady = session.stabilizers(r, model)  # before anything copies or wraps the model: some add buffers to its layers
     loader = data.train_loader(splits.train, splits.train_transform, batch_size=d.batch_size, seed=r.seed, workers=d.workers,
                                rank=world.rank, world=world.size, pin_memory=d.pin_mem)  # fmt: skip
     loader.set_epoch(0)
-    batches = len(loader)
+    batches = int(world.reduce(torch.tensor(len(loader)), "min"))  # streams may be dealt out unevenly
     updates = -(-batches // e.grad_accum_steps)
     pair = Pair(model, r.optimizer.weights.model_dump(), r.optimizer.steps.model_dump(), r.schedule.model_dump(),
                 r.schedule.epochs, max(updates, 1))  # fmt: skip
@@ -243,7 +244,8 @@ def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, spli
         return iter(loader)
 
     settings = Settings(
-        epochs=r.schedule.epochs, seed=r.seed, grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
+        epochs=r.schedule.epochs, seed=r.seed, batch_size=d.batch_size * world.size, dist_bn=e.dist_bn,
+        grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
         clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), memory_format=session.memory_format(r),
         ema_decay=r.ema.decay if r.ema.enabled else None,
         ema_warmup=r.ema.warmup, bn_freeze_after=r.bn.freeze_after, mixup_off_epoch=a.mixup_off_epoch,
@@ -251,9 +253,9 @@ def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, spli
         recovery_steps=r.checkpoint.recovery_steps,
     )  # fmt: skip
     chosen = splits.held or splits.validation
-    logs = _Logs(folder, show, world.primary)
+    logs = Logs(folder, show, world.primary)
     return Trainer(task, model, pair, world, settings, folder / "checkpoints", batches_of, batches,
-                      lambda m: session.score(m, chosen, splits.eval_transform, world, r), logs, mixup)  # fmt: skip
+                      lambda m: session.score(m, chosen, splits.eval_transform, world, r), logs, mixup, steady)  # fmt: skip
 
 
 def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Splits, plan: Plan, start: dict[str, Score],
@@ -266,6 +268,7 @@ def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Sp
         else:
             row = trainer.progress.rows[-1]
             last = Score(row["eval_top1"], row["eval_top5"], row["eval_loss"], len(splits.validation))
+    world.leave()
     model = session.read_run(folder).model().to(world.device) if world.primary else None
     best_score = {"top1": last.top1, "top5": last.top5, "epoch": -1}
     if best is not None:
@@ -279,9 +282,9 @@ def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Sp
         "float": _percent(start["float"]), "init": _percent(start["init"]), "best": best_score, "last": _percent(last),
         "chosen_on": f"{r.data.hold_out:g} of split {r.data.train_split!r}, held out" if splits.held is not None
         else f"split {r.data.val_split!r}",
+        "went_back": trainer.progress.notes.get("went_back"),
     }  # fmt: skip
     if not world.primary:
-        world.leave()
         return result
     if r.export and export_after and not any(p.quantized for p in plan.layers):
         weights = folder / "export" / "float.safetensors"
@@ -292,11 +295,9 @@ def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Sp
         written = export(folder, folder / "export" / "model.safetensors", show=show, model=model)
         result["artifact"] = written["path"]
     result["seconds"] = round(time.monotonic() - started, 1)
-    write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result, parents=False)
     _say_result(result, start, show)
-    if min_top1 is not None and result["best"]["top1"] < min_top1:
-        raise CheckFailedError(f"top-1 is {result['best']['top1']:.2f} %, below the {min_top1:g} % that were asked for",
-                               where=folder)  # fmt: skip
+    check_top1(result["best"]["top1"], min_top1, folder)
     return result
 
 

@@ -25,6 +25,7 @@ class Method:
         per_channel: whether weights may have a table per output channel.
         signed: whether inputs may be negative.
         only_activations: the paper quantizes no weights; those of another method stand in.
+        both_sides: activations need the weights' quantizer beside them, which brings the scale back.
     """
 
     weights: str
@@ -36,6 +37,7 @@ class Method:
     per_channel: bool = True
     signed: bool = True
     only_activations: bool = False
+    both_sides: bool = False
 
     def complaint(self, bits: Bits, granularity: str, signed: bool | None) -> str | None:
         """What this method cannot do of what is asked, or None.
@@ -55,6 +57,8 @@ class Method:
             return "has no form for signed inputs"
         if self.only_activations and bits.activations == FLOAT_BITS and bits.weights != FLOAT_BITS:
             return "quantizes activations; nothing of it is left when only weights are quantized"
+        if self.both_sides and bits.weights == FLOAT_BITS and bits.activations != FLOAT_BITS:
+            return "keeps the scale of its activations in the weights' quantizer, and weights are left in float"
         return None
 
 
@@ -63,6 +67,38 @@ METHODS: dict[str, Method] = {
     "nulsq-a": Method("lsq:LSQ", "nulsq:NuLSQ", "every gap of the activation levels is learned", ("grad_scale",)),
     "nulsq-w": Method("nulsq:NuLSQ", "lsq:LSQ", "every gap of the weight levels is learned", ("grad_scale",)),
     "nulsq-wa": Method("nulsq:NuLSQ", "nulsq:NuLSQ", "every gap of weight and activation levels is learned", ("grad_scale",)),
+    "uniq": Method("uniq:UniQ", "uniq:UniQ", "one learned step; weight levels are symmetric and have no zero", ("grad_scale",)),
+    "pact": Method(
+        "dorefa:DoReFa",
+        "pact:PACT",
+        "the clipping value of activations is learned; weights as dorefa",
+        ("alpha", "penalty"),
+        per_channel=False,
+        only_activations=True,
+    ),
+    "dorefa": Method(
+        "dorefa:DoReFa", "dorefa:DoReFa", "fixed ranges, nothing learned; for models with BatchNorm", per_channel=False
+    ),
+    "ewgs": Method(
+        "ewgs:EWGS",
+        "ewgs:EWGS",
+        "learned interval; gradients grow with the rounding error",
+        ("delta",),
+        per_channel=False,
+        both_sides=True,
+    ),
+    "llsq": Method("llsq:LLSQ", "llsq:LLSQ", "one step that goes where the quantization error is least"),
+    "lcq": Method("lcq:LCQ", "lcq:LCQ", "a learned curve decides how levels crowd; weights are normalised", ("grad_scale",)),
+    "apot": Method(
+        "apot:APoT",
+        "apot:APoT",
+        "sums of powers of two under a learned clip; for models with BatchNorm",
+        ("grad_scale", "weight_gradient"),
+        largest_weights=7,
+        largest_activations=6,
+    ),
+    "lq-nets": Method("lq_nets:LQNets", "lq_nets:LQNets", "sums of a basis that is fitted to the data, not trained"),
+    "duq": Method("duq:DuQ", "duq:DuQ", "an even grid with a learned scale before it and another behind it"),
 }
 
 
@@ -78,6 +114,9 @@ def make_quantizer(method: str, spec: QuantSpec, **options: Any) -> Quantizer:
         UsageError: no such method, or an option or a value that it does not take.
     """
     line = pick(METHODS, method, "method")
+    here = (Bits(spec.bits, 2), None) if spec.role == "weight" else (Bits(2, spec.bits), spec.signed)
+    if what := line.complaint(here[0], spec.granularity, here[1]):
+        raise UsageError(f"{method} {what}", fix="`nulsq ls methods` says what each can do")
     quantizer = quantizer_class(line.weights if spec.role == "weight" else line.activations)
     for name in options:
         pick(dict.fromkeys(line.options), name, f"option of {method}")

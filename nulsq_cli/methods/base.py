@@ -60,6 +60,21 @@ class Quantizer(nn.Module):
         """
         return Codebook(self.levels().detach(), self.thresholds().detach())
 
+    def trained_levels(self, x: Tensor) -> Tensor:
+        """The levels of `codebook(x)`, with the gradient that training gives them; without one where tables fold x in."""
+        return self.levels() if type(self).codebook is Quantizer.codebook else self.codebook(x).levels
+
+    def targets(self, x: Tensor) -> Tensor:
+        """Where on the axis of x, the quantizer's input, a value of each code is best off, (K,) or (C, K).
+
+        Where quantizing is rounding to the nearest level, at the levels, differentiable as they are. Where
+        outputs live on another axis (x is normalised, the output scaled), in the middle of each bin of x,
+        without a gradient.
+        """
+        own = type(self)
+        nearest = own.codebook is Quantizer.codebook and own.thresholds is Quantizer.thresholds
+        return self.levels() if nearest else codebook.middles(self.codebook(x).thresholds)
+
     def steps(self) -> list[nn.Parameter]:
         """The learned quantizer parameters, which have their own optimizer."""
         return list(self.parameters())
@@ -108,6 +123,12 @@ def gradient_factor(x: Tensor, spec: QuantSpec, largest: int, mode: str) -> floa
         return 1.0
     shared = x.numel() // spec.channels if spec.role == "weight" else x[0].numel()
     return float((shared * largest) ** -0.5)
+
+
+def clip_factor(x: Tensor, spec: QuantSpec, mode: str) -> float:
+    """`gradient_factor` of a step, for a clip that is as many steps wide as there are levels above zero."""
+    factor = gradient_factor(x, spec, spec.positive, mode)
+    return factor if mode == "none" else factor * spec.positive
 
 
 class Table(Quantizer):

@@ -37,13 +37,19 @@ class LSQ(Quantizer):
         table = self.step[:, None] * codes
         return table if self.spec.granularity == "channel" else table[0]
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Arithmetic, so that any bit width costs the same."""
+    def trained_levels(self, x: Tensor) -> Tensor:
+        """With the factor on the step's gradient: levels are proportional to it."""
+        return scale_gradient(self.levels(), gradient_factor(x, self.spec, self.spec.positive, self.grad_scale))
+
+    def step_for(self, x: Tensor) -> Tensor:
+        """The step in the shape that meets x, its gradient scaled."""
         factor = gradient_factor(x, self.spec, self.spec.positive, self.grad_scale)
         step = scale_gradient(self.step, factor)
-        if self.spec.granularity == "channel":
-            step = step.view(-1, *[1] * (x.ndim - 1))
-        return quantize_to_grid(x, step, -self.spec.negative, self.spec.positive)
+        return step.view(-1, *[1] * (x.ndim - 1)) if self.spec.granularity == "channel" else step
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Arithmetic, so that any bit width costs the same."""
+        return quantize_to_grid(x, self.step_for(x), -self.spec.negative, self.spec.positive)
 
     def after_step(self) -> None:
         """Keep every step positive; each is a table of its own."""

@@ -39,15 +39,19 @@ class NuLSQ(Quantizer):
         table = levels_around_zero(self.gaps if gaps is None else gaps, self.spec.negative)
         return table if self.spec.granularity == "channel" else table[0]
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
+    def trained_levels(self, x: Tensor) -> Tensor:
+        """With the factor on the gaps' gradient."""
         below, above = self.gaps.split([self.spec.negative, self.spec.positive], dim=1)
         scaled = [
             scale_gradient(side, gradient_factor(x, self.spec, side.shape[1], self.grad_scale))
             for side in (below, above)
             if side.shape[1]
         ]
-        return quantize_to_levels(x, self.levels(torch.cat(scaled, 1)))
+        return self.levels(torch.cat(scaled, 1))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
+        return quantize_to_levels(x, self.trained_levels(x))
 
     def after_step(self) -> None:
         """A gap may become small, not close or invert."""

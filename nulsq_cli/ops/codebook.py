@@ -13,6 +13,17 @@ def midpoints(levels: Tensor) -> Tensor:
     return (levels[..., 1:] + levels[..., :-1]) / 2
 
 
+def middles(thresholds: Tensor) -> Tensor:
+    """The middle of every bin: (..., K-1) thresholds, at least two, give (..., K) points.
+
+    The two outer bins have no end; each is taken to be as wide as its neighbour.
+    """
+    inner = midpoints(thresholds)
+    low = 2 * thresholds[..., :1] - inner[..., :1]
+    high = 2 * thresholds[..., -1:] - inner[..., -1:]
+    return torch.cat((low, inner, high), -1)
+
+
 def encode(x: Tensor, thresholds: Tensor) -> Tensor:
     """The code of every entry: how many thresholds lie strictly below it, so a tie goes down.
 
@@ -39,6 +50,43 @@ def decode(codes: Tensor, levels: Tensor) -> Tensor:
     if levels.ndim == 1:
         return levels[codes.int()]
     return levels.gather(1, codes.reshape(codes.shape[0], -1).long()).view(codes.shape)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, codes: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, levels)
+        return decode(codes, levels)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:
+        codes, levels = ctx.saved_tensors  # type: ignore[attr-defined]
+        return None, sum_by_code(codes, grad, levels.shape).to(levels.dtype)
+
+
+def decode_with_gradient(codes: Tensor, levels: Tensor) -> Tensor:
+    """`decode`, where each level gets the gradient of all entries of its code, summed in float64 and in a fixed order."""
+    return _Decode.apply(codes, levels)
+
+
+def sum_by_code(codes: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Add up what shares a code.
+
+    Args:
+        codes: (...) integers in 0..K-1, or (C, ...) for tables per channel.
+        values: like codes.
+        shape: of the table, (K,) or (C, K).
+
+    Returns:
+        float64, (K,) or (C, K), the same bits in every run.
+    """
+    tables, count = shape.numel() // shape[-1], shape[-1]
+    places, rows = codes.reshape(tables, -1), values.reshape(tables, -1)
+    if places.is_cuda:  # bincount adds by atomics there: another order, other bits, in every run
+        sums = [torch.where(places == k, rows, 0).sum(1, dtype=torch.float64) for k in range(count)]
+        return torch.stack(sums, 1).view(shape)
+    places = places.long() + torch.arange(tables, device=places.device)[:, None] * count
+    return torch.bincount(places.flatten(), rows.flatten().double(), minlength=tables * count).double().view(shape)
 
 
 def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
@@ -85,20 +133,10 @@ def backward_eager(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Ten
     # round(u) - u, where u is the place inside the gap. Not subtracting u first keeps exact levels at 0.
     pull = torch.where(inside, (nearest - rows) / (high - low).clamp_min(1e-30), 0) * slopes
 
-    channel = torch.arange(len(table), device=x.device)[:, None] * count
-    to_levels = _sum_by_place(channel + upper, pull, table.numel())
-    to_levels -= _sum_by_place(channel + upper - 1, pull, table.numel())
-    to_levels = to_levels.view(table.shape)
+    to_levels = sum_by_code(upper, pull, table.shape) - sum_by_code(upper - 1, pull, table.shape)
     to_levels[:, 0] += (slopes * below).sum(1, dtype=torch.float64)
     to_levels[:, -1] += (slopes * above).sum(1, dtype=torch.float64)
     return (slopes * inside).view(x.shape), to_levels.to(levels.dtype).view(levels.shape)
-
-
-def _sum_by_place(place: Tensor, values: Tensor, size: int) -> Tensor:
-    """Sum the values that share a place, in float64. (size,)"""
-    if place.is_cuda:  # bincount adds by atomics there: another order, other bits, in every run
-        return torch.stack([(values * (place == i)).sum(dtype=torch.float64) for i in range(size)])
-    return torch.bincount(place.flatten(), values.flatten().double(), minlength=size).double()
 
 
 def quantize_to_levels(x: Tensor, levels: Tensor) -> Tensor:

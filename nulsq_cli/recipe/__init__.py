@@ -94,7 +94,8 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "array", "items": {"type": "string"}}
     quant = schema["$defs"]["Quant"]["properties"]
-    quant["rules+"] = {**quant["rules"], "description": "appended to the rules of what this recipe extends"}
+    for name in ("stabilizers", "rules"):
+        quant[f"{name}+"] = {**quant[name], "description": f"appended to the {name} of what this recipe extends"}
     return schema
 
 

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Wi
 
 from nulsq_cli.errors import NulsqError, suggest
 from nulsq_cli.methods import METHODS
+from nulsq_cli.schemes import SCHEMES
+from nulsq_cli.stabilizers import STABILIZERS
 from nulsq_cli.values import INITIALIZER_NAMES
 from nulsq_cli.values import Bits as _Bits
 
@@ -71,7 +73,9 @@ def _pattern(text: str) -> str:
 Bits = Annotated[_Bits, BeforeValidator(_read_bits), PlainSerializer(str, return_type=str),
                  WithJsonSchema({"type": "string", "pattern": "^([2-8]|32)/([2-8]|32)$"})]  # fmt: skip
 MethodName = Annotated[str, _one_of("method", METHODS)]
+StabilizerName = Annotated[str, _one_of("stabilizer", STABILIZERS)]
 RuleName = Annotated[str, _one_of("initializer", INITIALIZER_NAMES)]
+SchemeName = Annotated[str, _one_of("scheme", SCHEMES)]
 Name = Annotated[str, Field(min_length=1)]
 # The bounds stand before the validator, else they are missing from the JSON schema.
 NUMBER = BeforeValidator(_no_bool)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from nulsq_cli.errors import suggest
-from nulsq_cli.methods import METHODS
+from nulsq_cli.recipe import checks
 from nulsq_cli.recipe.fields import (
     NUMBER,
     AtLeastZero,
@@ -24,10 +24,15 @@ from nulsq_cli.recipe.fields import (
     Range,
     Rate,
     RuleName,
+    SchemeName,
     Share,
+    StabilizerName,
 )
 from nulsq_cli.recipe.source import dump
+from nulsq_cli.schemes import phases
+from nulsq_cli.stabilizers import STABILIZERS
 from nulsq_cli.values import Bits as _Bits
+from nulsq_cli.values import Phase
 
 
 class Section(BaseModel):
@@ -56,6 +61,7 @@ class Published(Section):
 
     bits: Bits
     method: MethodName
+    stabilizer: StabilizerName | None = None
     top1: Percent
     top5: Percent | None = None
 
@@ -90,6 +96,13 @@ class Teacher(Section):
     weight: Rate = 1.0
     task_weight: Rate = 1.0
     temperature: Positive = 1.0
+
+
+class Scheme(Section):
+    """How training is divided into phases: plain, kd, qkd or profit. null: kd where there is a teacher."""
+
+    name: SchemeName | None = None
+    options: dict[str, Any] = {}
 
 
 class Augment(Section):
@@ -170,6 +183,37 @@ class Rule(Section):
     skip: bool = False
 
 
+class Stabilizer(Section):
+    """What steadies training. null is what its authors do, and what a resolved recipe then says."""
+
+    name: StabilizerName
+    begin: Share | None = None
+    first: Rate | None = None
+    last: Rate | None = None
+    widest: Annotated[int, Field(ge=2, le=8), NUMBER] | None = None
+    momentum: Annotated[float, Field(gt=0, lt=1), NUMBER] | None = None
+    aggregate: Literal["kernel_mean", "mean", "sum"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_its_authors_do(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in STABILIZERS:
+            return values
+        return {**STABILIZERS[name].options, **{key: value for key, value in values.items() if value is not None}}
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Stabilizer:
+        known = STABILIZERS[self.name].options
+        for name in self.model_fields_set - {"name", *known}:
+            raise ValueError(f"{self.name} has no option {name!r}; {suggest(name, known)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_others(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in whole(self).items() if value is not None}
+
+
 class Quant(Section):
     """What is quantized, and how."""
 
@@ -181,6 +225,7 @@ class Quant(Section):
     first_last: FirstLast = FirstLast()
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
+    stabilizers: list[Stabilizer] = []
     rules: list[Rule] = []
 
 
@@ -247,6 +292,8 @@ class Engine(Section):
     amp: Literal["bfloat16", "float16"] | None = None
     grad_accum_steps: Count = 1
     channels_last: bool = False
+    sync_bn: bool = False
+    dist_bn: Literal["reduce", "broadcast", "none"] = "reduce"
     compile: AutoOrBool = "auto"
     deterministic: bool = False
 
@@ -281,6 +328,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63), NUMBER] = 42
     model: Model = Model()
     teacher: Teacher = Teacher()
+    scheme: Scheme = Scheme()
     data: Data = Data()
     quant: Quant = Quant()
     optimizer: Optimizer = Optimizer()
@@ -295,39 +343,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        wrong = []  # `key: what`, so that the complaint finds its line
-        size, rate = self.data.input_size, self.optimizer.weights.lr
-        for name, values in (("mean", self.data.mean), ("std", self.data.std)):
-            if values is not None and size is not None and len(values) not in (1, size[0]):
-                wrong.append(f"data.{name}: has {len(values)} values for images of {size[0]} channels")
-        if self.schedule.min_lr > rate:
-            low = f"{self.schedule.min_lr:g}"
-            wrong.append(f"schedule.min_lr: must not exceed optimizer.weights.lr, {rate:g}, got {low}")
-        wrong += self._impossible()
-        if wrong:
+        if wrong := checks.across(self):
             raise ValueError("\n".join(wrong))
         return self
 
-    def _impossible(self) -> list[str]:
-        """What is asked of a method that it cannot do, layer rules included."""
-        q = self.quant
-        signed = q.signed if isinstance(q.signed, bool) else None
-        asked = [("quant.method", q.method, q.bits, q.granularity, signed)]
-        asked += [("quant.first_last.method", q.first_last.method, q.first_last.bits, q.granularity, signed)]
-        asked += [
-            (f"quant.rules.{i}", r.method or q.method, r.bits or q.bits, r.granularity or q.granularity,
-             signed if r.signed is None else r.signed) for i, r in enumerate(q.rules) if not r.skip
-        ]  # fmt: skip
-        wrong = []
-        for key, method, *wanted in asked:
-            if what := METHODS[method].complaint(*wanted):
-                wrong.append(f"{key}: {method} {what}")
-        known = METHODS[q.method].options
-        for name in q.options:
-            if name not in known:
-                near = suggest(name, known) if known else "it takes none"
-                wrong.append(f"quant.options.{name}: no option of {q.method} ({near})")
-        return wrong
+    @property
+    def scheme_name(self) -> str:
+        """The scheme: the one that is named, else `kd` where there is a teacher, else `plain`."""
+        return self.scheme.name or ("plain" if self.teacher.name is None else "kd")
+
+    def phases(self) -> list[Phase]:
+        """The scheme's phases for this recipe."""
+        return phases(self.scheme_name, self.quant.bits, self.schedule.epochs, self.scheme.options)
 
     def to_yaml(self) -> str:
         """The recipe with everything resolved; it runs again as it is."""

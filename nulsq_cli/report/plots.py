@@ -1,12 +1,15 @@
-"""Pictures of level tables and entropies. The only module that draws."""
+"""Pictures of level tables, entropies and comparisons. The only module that draws."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nulsq_cli.errors import InputError
 from nulsq_cli.files import write_atomically
+from nulsq_cli.report.comparison import Cell
 
 COLORS = ("#6f4fd8", "#e0853a", "#2a9d8f", "#c8427a", "#5b7083", "#b8a11e")
 INK, FAINT = "#22223b", "#d9d9e3"
@@ -22,6 +25,54 @@ def entropy(targets: list[dict[str, Any]], path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
     """
+    with _drawing() as plt:
+        figure, axes = plt.subplots(2, 2, figsize=(12.5, 7.6), width_ratios=(3, 2), layout="constrained")
+        for row, tensor in zip(axes, ("activation", "weight"), strict=True):
+            _bars(row[0], targets, tensor)
+            _levels(row[1], targets, tensor)
+        _write(figure, "Shannon entropy of the codes, and the levels that they stand for", path)
+
+
+def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path) -> None:
+    """Draw accuracy against bits, a line per method, with its spread over seeds.
+
+    Args:
+        cells: as `report.comparison.gather` makes them.
+        float_top1: of the float model, percent; a dashed line.
+        title: above the picture.
+        path: the picture; its suffix chooses the format.
+
+    Raises:
+        InputError: as `entropy`.
+    """
+    methods, widths = (list(dict.fromkeys(getattr(c, key) for c in cells)) for key in ("method", "bits"))
+    with _drawing() as plt:
+        figure, axis = plt.subplots(figsize=(4.6 + 1.6 * len(widths), 5.6), layout="constrained")
+        for index, method in enumerate(methods):
+            own = [c for c in cells if c.method == method and c.mean is not None]
+            # A little aside of each other, so that equal accuracies stay visible.
+            aside = (index - (len(methods) - 1) / 2) * 0.3 / max(len(methods), 1)
+            axis.errorbar(
+                [widths.index(c.bits) + aside for c in own], [c.mean for c in own], yerr=[c.spread or 0 for c in own],
+                label=method, color=COLORS[index % len(COLORS)], marker="osD^vP*X"[index // len(COLORS) % 8], ms=6,
+                lw=2 if method.startswith("nulsq") else 1.2, ls="-" if method.startswith("nulsq") else (0, (4, 2)), capsize=3,
+            )  # fmt: skip
+        if float_top1 is not None:
+            axis.axhline(float_top1, color=INK, lw=0.9, ls=(0, (1, 2)))
+            axis.text(-0.3, float_top1, "float", va="bottom", fontsize=9)
+        axis.set_xlim(-0.35, len(widths) - 0.65)
+        axis.set_xticks(range(len(widths)), widths)
+        axis.set_xlabel("bits, weights/activations")
+        axis.set_ylabel("top-1 %")
+        axis.yaxis.grid(True, color=FAINT, lw=0.7)
+        axis.set_axisbelow(True)
+        figure.legend(loc="outside right upper", frameon=False)
+        _write(figure, title, path)
+
+
+@contextmanager
+def _drawing() -> Iterator[Any]:
+    """matplotlib.pyplot, in this project's style."""
     try:
         import matplotlib
 
@@ -29,22 +80,20 @@ def entropy(targets: list[dict[str, Any]], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as reason:
         raise InputError("pictures need matplotlib", fix="pip install 'nulsq[plot]'") from reason
-
     style = {
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
         "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "svg.hashsalt": "nulsq",
     }  # fmt: skip
     with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(12.5, 7.6), width_ratios=(3, 2), layout="constrained")
-        for row, tensor in zip(axes, ("activation", "weight"), strict=True):
-            _bars(row[0], targets, tensor)
-            _levels(row[1], targets, tensor)
-        figure.suptitle("Shannon entropy of the codes, and the levels that they stand for", x=0.01, ha="left",
-                        fontsize=14, fontweight="bold")  # fmt: skip
-        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        kind = path.suffix.removeprefix(".")
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=140, metadata=metadata))
-        plt.close(figure)
+        yield plt
+        plt.close("all")
+
+
+def _write(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    kind = path.suffix.removeprefix(".")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=140, metadata=metadata))
 
 
 def _inner(target: dict[str, Any], tensor: str) -> list[dict[str, Any]]:

@@ -1,13 +1,17 @@
-"""All that a run needs to go on exactly where it stopped, in one safetensors file. No pickle."""
+"""All that a run needs to go on exactly where it stopped, in one safetensors file. No pickle.
+
+A run keeps `last` (the end of an epoch), `previous` (the `last` before it), `best`, and inside an epoch `recovery`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -18,25 +22,45 @@ from nulsq_cli.errors import InputError
 from nulsq_cli.files import write_atomically
 
 KEY = "nulsq"
+NEWEST_FIRST = ("recovery", "last", "previous")
+
+Groups = dict[str, dict[str, Tensor]]
 
 
-def save(path: Path, tensors: dict[str, dict[str, Tensor]], notes: dict[str, Any]) -> None:
-    """Write groups of tensors and JSON notes as one file, atomically.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read and whose checksum holds."""
+
+    path: Path
+    tensors: Groups
+    notes: dict[str, Any]
+
+
+def save(path: Path, tensors: Groups, notes: dict[str, Any]) -> None:
+    """Write groups of tensors and JSON notes as one file, atomically, with a checksum over all of it.
+
+    A `last` that is there already becomes `previous`.
 
     Args:
-        path: the file.
-        tensors: group -> name -> tensor; `model`, `ema`, `optimizer.weights`, `rng`, ...
+        path: the file; the folder above its own must be there.
+        tensors: group -> name -> tensor; `model`, `ema`, `optimizer.weights`, ...
         notes: plain JSON: position, scores, optimizer groups.
+
+    Raises:
+        InputError: it cannot be written; older checkpoints are untouched.
     """
     flat = {
         f"{group}/{name}": t.detach().cpu().contiguous().clone()
         for group, members in tensors.items() for name, t in members.items()
     }  # fmt: skip
-    content = safetensors.torch.save(flat, metadata={KEY: json.dumps(notes, sort_keys=True)})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    notes = json.loads(json.dumps(notes))  # what a reader will see: the checksum is over that
+    head = json.dumps({"notes": notes, "sha256": _digest(flat, notes)})
+    content = safetensors.torch.save(flat, metadata={KEY: head})  # one key: the order of several is arbitrary
+    keep = path.with_stem("previous") if path.stem == "last" else None
+    write_atomically(path, lambda temporary: temporary.write_bytes(content), keep=keep, parents=False)
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load(path: Path) -> tuple[Groups, dict[str, Any]]:
     """The inverse of `save`.
 
     Raises:
@@ -44,16 +68,58 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {})[KEY])
-            tensors: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 not a dict
-                group, name = key.split("/", 1)
-                tensors.setdefault(group, {})[name] = file.get_tensor(key)
+            head = json.loads((file.metadata() or {})[KEY])
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+        notes, expected = head["notes"], head["sha256"]
+        tensors: Groups = {}
+        for key, tensor in flat.items():
+            group, name = key.split("/", 1)
+            tensors.setdefault(group, {})[name] = tensor
     except OSError as reason:
         raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
-    except (SafetensorError, KeyError, ValueError) as reason:
-        raise InputError("is truncated or damaged", where=path, fix="delete it to use an older checkpoint") from reason
+    except (SafetensorError, KeyError, TypeError, ValueError) as reason:
+        raise InputError("is truncated or damaged", where=path, fix=_FIX) from reason
+    if _digest(flat, notes) != expected:
+        raise InputError("is truncated or damaged (its checksum does not match)", where=path, fix=_FIX)
     return tensors, notes
+
+
+_FIX = "--resume auto uses an older checkpoint of the run, where there is one"
+
+
+def latest(folder: Path, say: Callable[[str], object], names: Sequence[str] = NEWEST_FIRST) -> Saved | None:
+    """The newest checkpoint that is whole; None where there is none at all.
+
+    Args:
+        folder: where the checkpoints are.
+        say: told about each one that is damaged.
+        names: which to try, the newest first. A `recovery` is younger than `last`: an epoch's end removes it.
+
+    Raises:
+        InputError: there are checkpoints, but all of them are damaged.
+    """
+    damaged = []
+    for path in (folder / f"{name}.safetensors" for name in names):
+        if not path.exists():
+            continue
+        try:
+            return Saved(path, *load(path))
+        except InputError as reason:
+            say(f"  {reason.where}: {reason.what}; trying an older checkpoint")
+            damaged.append(path.name)
+    if damaged:
+        raise InputError(f"no checkpoint is whole: {', '.join(damaged)}", where=folder, fix="start a new run with -o")
+    return None
+
+
+def _digest(flat: dict[str, Tensor], notes: dict[str, Any]) -> str:
+    """SHA-256 over the notes and each tensor's name, dtype, shape and bytes."""
+    total = hashlib.sha256(json.dumps(notes).encode())
+    for name in sorted(flat):
+        tensor = flat[name]
+        total.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,24 +143,3 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], notes: d
         state.setdefault(int(index), {})[name] = value
     groups = [{k: tuple(v) if isinstance(v, list) and k == "betas" else v for k, v in g.items()} for g in notes["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of torch's, numpy's and Python's global generators."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"numpy": [kind, position, has_gauss, cached], "python": [version, list(internal), gauss]}
-
-
-def restore_random(tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Put the generators back."""
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    kind, position, has_gauss, cached = notes["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = notes["python"]
-    random.setstate((version, tuple(internal), gauss))

@@ -183,12 +183,16 @@ def eval_loader(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Loader:
-    """Every sample exactly once over all processes, in the dataset's order, nothing padded or dropped."""
+    """Every sample exactly once over all processes, in the dataset's order, nothing padded or dropped.
+
+    Whole batches are dealt out, so that they, and with them the last bits of what is computed from them, are those of
+    one process.
+    """
     if isinstance(dataset, IterableDataset):
         return _stream_loader(Stream(dataset, transform), batch_size, workers, world, drop_last=False)
-    share = range(rank, len(dataset), world)  # type: ignore[arg-type]
-    workers = min(workers, -(-len(share) // batch_size))
-    return _loader(Samples(dataset, transform), workers, pin_memory, batch_size=batch_size, sampler=share)
+    size = len(dataset)  # type: ignore[arg-type]
+    mine = [range(start, min(start + batch_size, size)) for start in range(rank * batch_size, size, world * batch_size)]
+    return _loader(Samples(dataset, transform), min(workers, len(mine)), pin_memory, batch_sampler=mine)
 
 
 def fixed_chunks_loader(

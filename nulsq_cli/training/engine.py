@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from nulsq_cli.calibrate import first_bad_layer
 from nulsq_cli.errors import DivergedError, Interrupted
 from nulsq_cli.layers import quantizers
-from nulsq_cli.training import checkpoint
+from nulsq_cli.stabilizers.base import Stabilizer
+from nulsq_cli.training import checkpoint, watch
 from nulsq_cli.training.optim import Pair
+from nulsq_cli.training.state import State, split_anew
+from nulsq_cli.training.watcher import SIGNALS, Signals, Watcher
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
 
@@ -34,6 +35,8 @@ class Settings:
 
     epochs: int
     seed: int = 42
+    batch_size: int = 0  # images per batch, of all processes together
+    dist_bn: str = "reduce"
     grad_accum_steps: int = 1
     clip_grad: float | None = None
     clip_mode: str = "norm"
@@ -48,40 +51,13 @@ class Settings:
     recovery_steps: int | None = None
 
 
-class Watcher(Protocol):
-    """Whoever shows progress to people and keeps the logs."""
-
-    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
-             images_per_second: float) -> None:  # fmt: skip
-        """After some updates."""
-
-    def epoch(self, rows: list[dict[str, Any]]) -> None:
-        """After every epoch, with the metrics of all epochs so far."""
-
-    def say(self, text: str) -> None:
-        """Anything worth knowing."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; what a checkpoint stores besides tensors."""
-
-    epoch: int = 0
-    batch: int = 0
-    updates: int = 0
-    loss_sum: float = 0.0
-    best: dict[str, Any] | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
-class Trainer:
-    """Holds all state of a run in one place, so that saving and restoring it forgets nothing."""
+class Trainer(State):
+    """The loop over the state of a run."""
 
     def __init__(
         self, task: nn.Module, model: nn.Module, pair: Pair, world: World, settings: Settings, folder: Path,
         loader: Callable[[int, int], Iterable[tuple[Tensor, Tensor]]], batches: int,
-        choose: Callable[[nn.Module], Score], watcher: Watcher, mixup: Any = None,
+        choose: Callable[[nn.Module], Score], watcher: Watcher, mixup: Any = None, stabilizers: Sequence[Stabilizer] = (),
     ) -> None:  # fmt: skip
         """Take everything that will be needed.
 
@@ -97,52 +73,31 @@ class Trainer:
             choose: scores a model; the best epoch is chosen by its top1.
             watcher: shows and logs.
             mixup: timm's Mixup, or None.
+            stabilizers: add to the loss, and act after updates; their state, if any, is in the model.
         """
-        self.task, self.model, self.pair, self.world, self.settings = task, model, pair, world, settings
-        self.folder, self.loader, self.batches = folder, loader, batches
+        super().__init__(
+            model, pair, world, folder, scaled=settings.amp is torch.float16,
+            ema_decay=settings.ema_decay, ema_warmup=settings.ema_warmup, images=settings.batch_size,
+        )  # fmt: skip
+        self.task, self.settings, self.loader, self.batches = task, settings, loader, batches
         self.choose, self.watcher, self.mixup = choose, watcher, mixup
-        self.progress = Progress()
-        self.quantizers = list(quantizers(model).values())
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp is torch.float16)
-        self.ema = None
-        if settings.ema_decay is not None:
-            self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
-        self.stopped_by: int | None = None
-        self._saved_at = time.monotonic()
+        self.quantizers, self.stabilizers = list(quantizers(model).values()), list(stabilizers)
+        self.updates = max(settings.epochs * -(-batches // settings.grad_accum_steps), 1)  # in the whole run
+        self.stopped_by: int | None = None  # the signal that all processes agree on
+        self.signals = Signals(echo=world.size > 1)
 
-    @property
-    def candidate(self) -> nn.Module:
-        """The model that is evaluated and exported: the averaged one, where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    # ---- saving and restoring -------------------------------------------------------------------
-
-    def save(self, name: str) -> None:
-        """Write everything under `checkpoints/<name>.safetensors`."""
-        if not self.world.primary:
+    def restore(self, saved: checkpoint.Saved) -> None:
+        """Go back to what `save` wrote, also where batches were split in another way."""
+        super().restore(saved)
+        before, now = saved.notes.get("split", self.split), self.split
+        if before == now:
             return
-        tensors: dict[str, dict[str, Tensor]] = {"model": self.model.state_dict()}
-        notes: dict[str, Any] = {"progress": self.progress.__dict__, "scaler": self.scaler.state_dict()}
-        if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
-        for key, optimizer in self.pair.optimizers.items():
-            tensors[f"optimizer.{key}"], notes[f"optimizer.{key}"] = checkpoint.optimizer_state(optimizer)
-        tensors["rng"], notes["rng"] = checkpoint.random_state()
-        checkpoint.save(self.folder / f"{name}.safetensors", tensors, notes)
-        self._saved_at = time.monotonic()
-
-    def restore(self, path: Path) -> None:
-        """Go back to what `save` wrote."""
-        tensors, notes = checkpoint.load(path)
-        self.model.load_state_dict(tensors["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(tensors["ema"])
-        for key, optimizer in self.pair.optimizers.items():
-            checkpoint.restore_optimizer(optimizer, tensors.get(f"optimizer.{key}", {}), notes[f"optimizer.{key}"])
-        self.scaler.load_state_dict(notes["scaler"])
-        self.progress = Progress(**notes["progress"])
-        if self.world.size == 1:
-            checkpoint.restore_random(tensors["rng"], notes["rng"])
+        if before["images"] != now["images"]:
+            split_anew(self.progress, before["images"], now["images"], self.batches, self.settings.grad_accum_steps)
+        self.watcher.say(
+            f"  {before['processes']} processes with {before['images']} images per batch became {now['processes']} with"
+            f" {now['images']}: the run is exact up to this checkpoint only, because batches are now split differently"
+        )
 
     # ---- running --------------------------------------------------------------------------------
 
@@ -150,19 +105,22 @@ class Trainer:
         """Train from where `progress` stands to the last epoch.
 
         Raises:
-            DivergedError: the loss or a parameter is not finite.
+            DivergedError: the loss, a gradient or a parameter is not finite, again after going back once.
             Interrupted: SIGINT or SIGTERM, after a recovery checkpoint was written.
+            InputError: a checkpoint cannot be written; older ones are untouched.
         """
-        with self._signals():
+        with self.signals.noted():
             while self.progress.epoch < self.settings.epochs:
                 started = time.monotonic()
-                self._train_epoch()
-                self._finish_epoch(started)
+                try:
+                    self._train_epoch()
+                    self._finish_epoch(started)
+                except DivergedError as trouble:
+                    self._go_back(trouble)
 
     def _train_epoch(self) -> None:
         s, p = self.settings, self.progress
         if p.batch == 0:
-            self._seed(p.epoch)
             p.loss_sum = 0.0
         self.task.train()
         if s.bn_freeze_after is not None and p.epoch >= s.bn_freeze_after:
@@ -173,19 +131,20 @@ class Trainer:
             self.mixup.mixup_enabled = False
         self.pair.update_rates(p.updates)
         shown, seen = time.monotonic(), 0
-        group = 0
-        for images, target in self.loader(p.epoch, p.batch):
+        group, losses = 0, 0.0
+        for images, target in islice(self.loader(p.epoch, p.batch), self.batches - p.batch):
+            self._seed(p.epoch, p.batch)
             left = self.batches - p.batch
             size = group or min(s.grad_accum_steps, left)
             group = size if group == 0 else group
             last = (p.batch + 1) % s.grad_accum_steps == 0 or left == 1
-            loss = self._backward(images, target, size, last)
+            losses += self._backward(images, target, size, last)
             p.batch += 1
-            p.loss_sum += loss
             seen += len(target) * self.world.size
             if last:
+                self._agree(losses)
                 self._update()
-                group = 0
+                group, losses = 0, 0.0
                 if p.updates % s.log_interval == 0 or p.batch == self.batches:
                     now = time.monotonic()
                     self.watcher.step(p.epoch, p.batch, self.batches, p.loss_sum / p.batch, self.pair.rates(),
@@ -203,16 +162,23 @@ class Trainer:
         if not last and hasattr(self.task.trainable_module, "no_sync"):
             hold = self.task.trainable_module.no_sync()
         with hold:
-            with torch.autocast(device.type, dtype=self.settings.amp, enabled=self.settings.amp is not None):
+            with self._autocast():
                 loss = self.task(images, target)["loss"]
                 for quantizer in self.quantizers:
                     if (penalty := quantizer.penalty()) is not None:
                         loss = loss + penalty
+                for stabilizer in self.stabilizers:
+                    if (penalty := stabilizer.penalty(self.progress.updates / self.updates)) is not None:
+                        loss = loss + penalty
             self.scaler.scale(loss / group).backward()
         value = float(loss.detach())
-        if not math.isfinite(value):
-            self._diverged(f"the loss became {value}")
+        if not math.isfinite(value) and self.world.size == 1:
+            self._diverged(f"the loss became {value}", images)
         return value
+
+    def _autocast(self) -> torch.autocast:
+        amp = self.settings.amp
+        return torch.autocast(self.world.device.type, dtype=amp, enabled=amp is not None)
 
     def _update(self) -> None:
         s, p = self.settings, self.progress
@@ -226,23 +192,24 @@ class Trainer:
         with torch.no_grad():
             for quantizer in self.quantizers:
                 quantizer.after_step()
-        p.updates += 1
+            p.updates += 1
+            for stabilizer in self.stabilizers:
+                stabilizer.after_update(p.updates / self.updates)
         if self.ema is not None:
             self.ema.update(self.model, step=p.updates)
         self.pair.update_rates(p.updates)
 
     def _finish_epoch(self, started: float) -> None:
         p = self.progress
-        if bad := first_bad_layer(self.model):
-            self._diverged(f"{bad} is not finite")
-        if self.world.size > 1:
-            self._share_buffers()
+        self.share_running_statistics(self.settings.dist_bn)
+        if self.world.anywhere(first_bad_layer(self.model) is not None):
+            self._diverged("the model is not finite")
         score = self.choose(self.candidate)
         rates = self.pair.rates()
         row = {
             "epoch": p.epoch, "train_loss": p.loss_sum / self.batches, "eval_loss": score.loss, "eval_top1": score.top1,
             "eval_top5": score.top5, "lr_weights": rates[0], "lr_steps": rates[1],
-            "seconds": round(time.monotonic() - started, 2),
+            "seconds": round(time.monotonic() - started, 2), "note": self._note(p.epoch),
         }  # fmt: skip
         p.rows.append(row)
         # On a small split many epochs are equally right; the loss tells them apart.
@@ -258,59 +225,78 @@ class Trainer:
         self.world.wait()
         self.watcher.epoch(p.rows)
 
-    def _share_buffers(self) -> None:
-        """Running statistics differ between processes until now; use their mean everywhere."""
-        for buffer in self.model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.world.reduce(buffer.clone(), "sum") / self.world.size)
-
     # ---- trouble --------------------------------------------------------------------------------
 
-    def _diverged(self, what: str) -> None:
-        where = first_bad_layer(self.model)
+    def _agree(self, losses: float) -> None:
+        """The one small exchange of an update: the loss, whether all is finite, and whether anybody was told to stop.
+
+        All processes see the same numbers, so all of them go back or stop, or none.
+        """
+        found = 0.0 * losses
+        if not self.scaler.is_enabled():  # it meets infinite gradients by itself, with a smaller scale
+            found = float(watch.one_number(self.model.parameters(), losses))
+        told = [float(number in self.signals.told) for number in SIGNALS]
+        numbers = torch.tensor([losses, found, *told], dtype=torch.float64)
+        losses, found, *told = self.world.reduce(numbers, "sum").tolist()
+        self.progress.loss_sum += losses / self.world.size
+        self.stopped_by = next((number for number, count in zip(SIGNALS, told, strict=True) if count), None)
+        if not math.isfinite(found):
+            self._diverged("the gradients are not finite")
+
+    def _diverged(self, what: str, images: Tensor | None = None) -> NoReturn:
+        with self._autocast():
+            where = watch.first_bad(self.model, images)
+        p = self.progress
+        again = " again, after going back once with a tenth of the steps' rate" if "went_back" in p.notes else ""
         raise DivergedError(
-            f"training diverged in epoch {self.progress.epoch}, update {self.progress.updates}: {what}", where=where,
-            fix="lower --lr or --steps-lr, or clip with --clip-grad 1.0; the last good checkpoint is kept",
+            f"training diverged{again}, in epoch {p.epoch + 1}, update {p.updates}: {what}", where=where,
+            fix="lower --lr or --steps-lr, or clip with --clip-grad 1.0; all checkpoints are kept",
         )  # fmt: skip
+
+    def _go_back(self, trouble: DivergedError) -> None:
+        """Once in a run: to the start of the epoch, with a smaller rate of the steps; then never again.
+
+        Not to a recovery: when that was written may depend on the clock, and a run must not.
+        """
+        at, steps = self.progress, self.pair.optimizers.get("steps")
+        if "went_back" in at.notes or steps is None:
+            raise trouble
+        saved = checkpoint.latest(self.folder, self.watcher.say, ("last", "previous"))
+        if saved is None:
+            raise trouble
+        self.pair.zero_grad()
+        self.restore(saved)
+        watch.slow_down(steps)
+        where = "" if trouble.where is None else f"{trouble.where}: "
+        note = f"{where}{trouble.what}; went back to the start of epoch {at.epoch + 1}, with a tenth of the steps' rate"
+        self.progress.notes["went_back"] = {"epoch": self.progress.epoch, "note": note}
+        self.watcher.say(f"  {note}")
+        self.world.wait()
+        self.save("recovery")  # so that a resumed run knows, too
+
+    def _note(self, epoch: int) -> str | None:
+        """What a reader of the metrics has to know about this epoch."""
+        went_back = self.progress.notes.get("went_back", {})
+        return went_back["note"] if went_back.get("epoch") == epoch else None
 
     def _stop_or_save(self) -> None:
         s, p = self.settings, self.progress
-        if self.stopped_by is not None and self.world.size == 1:
-            self.save("recovery")
+        stopped = self.stopped_by is not None
+        due = time.monotonic() - self.saved_at > s.recovery_seconds
+        if not (stopped or due or (s.recovery_steps and p.updates % s.recovery_steps == 0)):
+            return
+        bad = first_bad_layer(self.model) is not None
+        if self.world.anywhere(bad) if stopped else bad:
+            return  # never saved; the next update notices it, in all processes alike
+        self.save("recovery")
+        if stopped:
+            self.world.wait()
             raise Interrupted(self.stopped_by, "interrupted; a recovery checkpoint was written",
                               fix="go on with the same command and --resume auto")  # fmt: skip
-        due = time.monotonic() - self._saved_at > s.recovery_seconds
-        if due or (s.recovery_steps and p.updates % s.recovery_steps == 0):
-            self.save("recovery")
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.stopped_by is not None or self.world.size > 1:
-                raise KeyboardInterrupt
-            self.stopped_by = number
-
-        try:
-            old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread of this process
-            old = {}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _seed(self, epoch: int) -> None:
-        """Dropout, mixup and the like are a function of seed, epoch and process."""
-        seed = int(np.random.SeedSequence((self.settings.seed, epoch, self.world.rank)).generate_state(1)[0])
+    def _seed(self, epoch: int, batch: int) -> None:
+        """Dropout, mixup and the like are a function of seed, position and process: nothing to save, nothing to restore."""
+        seed = int(np.random.SeedSequence((self.settings.seed, epoch, batch, self.world.rank)).generate_state(1)[0])
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-
-
-def newest(folder: Path) -> Path | None:
-    """The checkpoint to continue from: the recovery if there is one, for it is younger than `last`."""
-    for name in ("recovery", "last"):
-        if (path := folder / f"{name}.safetensors").exists():
-            return path
-    return None

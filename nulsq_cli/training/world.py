@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,14 +17,22 @@ from torch import Tensor
 
 from nulsq_cli.errors import UsageError
 
+T = TypeVar("T")
+
+MEETING_PLACE = "NULSQ_RENDEZVOUS"
+"""Where `nulsq finetune --nproc-per-node` lets its processes meet; without it, where torchrun does."""
+
+PATIENCE = timedelta(seconds=20)
+
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is, and where it computes."""
+    """Which of how many processes this is, and where it computes. `local` counts on this machine only."""
 
     rank: int
     size: int
     device: torch.device
+    local: int = 0
 
     @property
     def primary(self) -> bool:
@@ -32,6 +46,27 @@ class World:
         moved = values.to(self.device)
         dist.all_reduce(moved, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how])
         return moved.cpu()
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether something holds in at least one process."""
+        return bool(self.reduce(torch.tensor(float(here)), "max"))
+
+    def share(self, value: T) -> T:
+        """What the first process has, in all of them; anything small."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextlib.contextmanager
+    def one_first(self) -> Iterator[None]:
+        """One process of each machine goes ahead, to download and unpack; the others then find everything there."""
+        if self.local:
+            self.wait()
+        yield
+        if not self.local:
+            self.wait()
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -50,16 +85,60 @@ def join(device: str = "auto") -> World:
     Raises:
         UsageError: the device does not exist here.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, size, local = _place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = device == "cuda" and size > 1  # a GPU for each process; `cuda:0` is one for all of them, which NCCL refuses
     try:
-        chosen = torch.device(device, local) if device == "cuda" and size > 1 else torch.device(device)
+        chosen = torch.device(device, local) if own else torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as reason:
-        raise UsageError(f"the device {device!r} cannot be used: {str(reason).splitlines()[0]}",
-                         fix="try --device cpu") from reason  # fmt: skip
+        fix = "start no more processes than there are GPUs, or try --device cpu" if own else "try --device cpu"
+        raise UsageError(f"the device {str(chosen) if own else device!r} cannot be used: {str(reason).splitlines()[0]}",
+                         fix=fix) from reason  # fmt: skip
+    if own:
+        torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return World(rank, size, chosen)
+        store, _, _ = next(dist.rendezvous(os.environ.get(MEETING_PLACE, "env://"), rank, size))
+        dist.init_process_group("nccl" if own else "gloo", store=store, rank=rank, world_size=size)
+    return World(rank, size, chosen, local)
+
+
+def _place() -> tuple[int, int, int]:
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    return rank, size, local
+
+
+# ---- ends -----------------------------------------------------------------------------------------
+
+
+def speak_once(text: str, exit_code: int) -> int:
+    """Print why this process ends, unless another one already did: of many that fail, the first knows the reason.
+
+    The others wait until that one has spoken, because torchrun ends all processes as soon as one has ended.
+
+    Returns:
+        The exit code of the process that spoke.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    rank, size, _ = _place()
+    store = None
+    try:
+        store, _, _ = next(dist.rendezvous(os.environ.get(MEETING_PLACE, "env://"), rank, size, timeout=PATIENCE))
+        store.set_timeout(PATIENCE)
+        if store.add("nulsq/failed", 1) > 1:
+            return int(store.get("nulsq/spoken"))
+    except (RuntimeError, ValueError):  # the meeting place went with the process that kept it
+        store = None
+        if rank:
+            return exit_code
+    print(text, file=sys.stderr, flush=True)
+    if store is not None:
+        store.set("nulsq/spoken", str(exit_code))
+    return exit_code
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error means that another process has ended, or cannot be reached any more."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

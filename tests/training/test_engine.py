@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import safetensors.torch
 import torch
 
 import nulsq_cli
 from nulsq_cli.convert import Policy, convert, make_plan
-from nulsq_cli.errors import InputError
 from nulsq_cli.layers import quantizers
 from nulsq_cli.models import create_float_model
 from nulsq_cli.training import checkpoint
-from nulsq_cli.training.engine import newest
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World
@@ -106,17 +103,6 @@ def test_an_optimizer_comes_back_as_it_was():
             p.zero_grad()
         runs.append(model.state_dict())
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
-
-
-def test_checkpoints_are_safetensors_and_damage_is_named(tmp_path):
-    path = tmp_path / "last.safetensors"
-    checkpoint.save(path, {"model": {"a": torch.arange(3)}}, {"x": [1, None]})
-    assert set(safetensors.torch.load_file(path)) == {"model/a"}
-    assert checkpoint.load(path)[1] == {"x": [1, None]} and newest(tmp_path) == path
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(InputError, match="truncated or damaged"):
-        checkpoint.load(path)
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_accuracy_counts_every_sample_once():

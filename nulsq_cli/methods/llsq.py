@@ -1,0 +1,66 @@
+"""LLSQ: the step follows a simulated gradient, toward less quantization error. Zhao, Wang, Cai, Liu, Zhang, ICLR 2020."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nulsq_cli.initializers import SMALLEST
+from nulsq_cli.methods.lsq import LSQ
+from nulsq_cli.ops.estimators import prescribe_gradient, straight_through
+from nulsq_cli.ops.grid import quantize_to_grid
+from nulsq_cli.values import QuantSpec, TensorStats
+
+
+class LLSQ(LSQ):
+    """LSQ's levels, but the task's loss does not move the step a: its gradient is -a**2, 0 or a**2.
+
+    It is taken anew in every training step, toward whichever of a/2, a and 2a quantizes the tensor at
+    hand with the least squared error. Because no factor on the loss reaches it, it does not shrink
+    when gradients are accumulated over several batches.
+
+    Args:
+        spec: what this quantizer has to be.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__(spec)
+
+    @torch.no_grad()
+    def initialize(self, stats: TensorStats, rule: str) -> None:
+        """Set the step by an even rule; the authors' one takes it from the largest magnitude."""
+        if rule != "paper":
+            return super().initialize(stats, rule)
+        positive, bits = self.spec.positive, self.spec.bits
+        if self.spec.role == "weight":
+            codes = positive if self.spec.granularity == "channel" else 2 ** (bits - 1)
+        else:
+            codes = positive + 1 if bits >= 4 else 2 * positive
+        self.step.copy_((torch.maximum(stats.largest, -stats.least) / codes).clamp_min(SMALLEST))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Gradient to x: identity for weights, clipped for activations."""
+        y = self._rounded(x, 1)
+        if self.spec.role == "weight":
+            y = straight_through(y, x)
+        if torch.is_grad_enabled() and self.step.requires_grad:
+            y = prescribe_gradient(y, self.step, self.simulated_gradient(x))
+        return y
+
+    @torch.no_grad()
+    def simulated_gradient(self, x: Tensor) -> Tensor:
+        """-a**2 where 2a is the best of three steps, a**2 where a/2 is, else 0; (1,) or (C,).
+
+        Equal errors: a/2 goes before 2a, and 2a before a.
+        """
+        half, own, double = (self._error(x, factor) for factor in (0.5, 1, 2))
+        smaller = (half <= own) & (half <= double)
+        larger = (double <= own) & ~smaller
+        return self.step.square() * (smaller.float() - larger.float())
+
+    def _rounded(self, x: Tensor, factor: float) -> Tensor:
+        return quantize_to_grid(x, self.step_for(x).detach() * factor, -self.spec.negative, self.spec.positive)
+
+    def _error(self, x: Tensor, factor: float) -> Tensor:
+        errors = (self._rounded(x, factor) - x).square()
+        return errors.view(self.spec.channels, -1).mean(1, dtype=torch.float64)

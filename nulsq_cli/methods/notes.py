@@ -1,0 +1,64 @@
+"""What `docs/methods.md` says of each method beyond its docstrings: formula, gradient, what it was checked against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Note:
+    """One method's mathematics in plain text.
+
+    Args:
+        formula: from x to the quantized y.
+        gradient: what x and the parameters get from g = dLoss/dy.
+        checked: whose numbers the tests compare with.
+    """
+
+    formula: str
+    gradient: str
+    checked: str
+
+
+_EVEN = "dx = g inside the ends, 0 outside; ds = g·(round(x/s) − x/s) inside, g·(the end's code) outside"
+_TABLE = (
+    "dx = g inside the ends, 0 outside; a level between two neighbours gets ±g·(round(t) − t), t the place of x in the gap; "
+    "the end levels get g from beyond; sums of gaps carry it on"
+)
+_AUTHORS = "vectors computed by the authors' released code (outputs, gradients of x and of all steps)"
+
+NOTES: dict[str, Note] = {
+    "lsq": Note("y = s·round(clip(x/s, −n, p)), n and p the codes below and above zero", _EVEN,
+                "vectors computed by the LSQ of the nuLSQ authors' released code; examples by hand"),
+    "nulsq-a": Note("y = the nearest of the levels 0, s₁, s₁+s₂, … ; weights as lsq", _TABLE, _AUTHORS),
+    "nulsq-w": Note("as nulsq-a for weights, with gaps on both sides of 0; inputs as lsq", _TABLE, _AUTHORS),
+    "nulsq-wa": Note("as nulsq-a for inputs and weights", _TABLE, _AUTHORS),
+    "uniq": Note("signed: y = s·(round(clip(x/s + ½·(2ᵇ−1), 0, 2ᵇ−1)) − ½·(2ᵇ−1)); unsigned: as lsq", _EVEN,
+                 "vectors computed by the authors' released code, which also check the nmse start"),
+    "pact": Note("y = (a/N)·round(clip(x, 0, a)·N/a), N = 2ᵇ−1; weights as dorefa",
+                 "dx = g for 0 ≤ x < a; da = g for x ≥ a, nothing inside; plus the penalty's",
+                 "float64 derivation; equality with lsq but for the residual"),
+    "dorefa": Note("weights: y = 2·q(tanh(w)/(2·max|tanh(w)|) + ½) − 1; inputs: y = q(clip(x, 0, 1)); q(r) = round(N·r)/N",
+                   "dw = g·(1 − tanh²(w))/max|tanh(w)|, the maximum a constant; dx = g inside [0, 1]",
+                   "float64 derivation; an example by hand"),
+    "ewgs": Note("v = clip((x − l)/(u − l), 0, 1); y = round(v·N)/N for inputs, |o|·(2·round(v·N)/N − 1) for weights",
+                 "dv = g·(1 + δ·sign(g)·(v − round(v·N)/N)); l and u get it through v, and o what multiplies it",
+                 "vectors of the discretizer computed by the authors' released code; with δ = 0 plain straight-through"),
+    "llsq": Note("y = a·clip(round(x/a), −n, p)",
+                 "dw = g everywhere, dx = g inside the ends; a gets −a² if 2a errs less than a, +a² if a/2 does, else 0",
+                 "float64 derivation of every case of the decision"),
+    "lcq": Note("y = sign(x)·a·f⁻¹(round(S·f(|x|/a))/S) below the clip a; f is piecewise linear, its slopes a softmax of θ; "
+                "weights are normalised first and multiplied by their deviation afterwards",
+                "dx = g for |x| < a; da = g·(y − x)/a inside, g·sign(x) outside; θ through slopes and offsets of both bins",
+                "vectors computed by the nuLSQ authors' port; an example by hand"),
+    "apot": Note("y = a·sign(x)·nearest(G, min(|x|/a, 1)), G the sums of powers of two; weights are normalised first and stay so",
+                 "da = g·(y − x)/a inside, g·sign(x) outside; dx as `weight_gradient` says for weights, clipped for inputs",
+                 "vectors computed by the authors' released code; an example by hand"),
+    "lq-nets": Note("y = the nearest of B·v, B all codes in {−1, 1}ᵇ for signed and {0, 1}ᵇ for unsigned tensors",
+                    "dw = g everywhere, dx = g up to the last level; every training pass: v ← 0.9·v + 0.1·argmin|x − B·v|²",
+                    "float64 solution of the normal equations"),
+    "duq": Note("unsigned: y = c·round(N·clip(x/a, 0, 1))/N; signed: the same on [−1, 1] with 2ᵇ−1 levels",
+                "dx = g·c/a inside; da = −g·c·x/a² inside; dc = g·y/c; both times the slope of their softplus",
+                "vectors computed by the authors' released code; with c tied to a equality with lsq"),
+}  # fmt: skip
+"""Method -> its note. The laws ask for one line per method."""

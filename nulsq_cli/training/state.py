@@ -1,0 +1,113 @@
+"""All state of a run in one place, so that saving and restoring it forgets nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+
+from nulsq_cli.training import checkpoint
+from nulsq_cli.training.optim import Pair
+from nulsq_cli.training.world import World
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what a checkpoint stores besides tensors."""
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    loss_sum: float = 0.0
+    best: dict[str, Any] | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def split_anew(progress: Progress, before: int, now: int, batches: int, accumulated: int) -> None:
+    """Put a position into batches of another size: the same number of samples, up to the next whole update.
+
+    Args:
+        progress: changed in place.
+        before, now: images per batch, of all processes together.
+        batches: how many an epoch has now.
+        accumulated: batches per update.
+    """
+    group = now * accumulated
+    done = min(-(-progress.batch * before // group) * accumulated, batches)
+    progress.loss_sum *= done / max(progress.batch, 1)
+    progress.batch = done
+    progress.updates = progress.epoch * -(-batches // accumulated) + -(-done // accumulated)
+
+
+class State:
+    """Model, average, optimizers, scaler and progress. Random draws are no state: see `Trainer._seed`.
+
+    Args:
+        model: the bare model.
+        pair: the optimizers of weights and steps.
+        world: the processes.
+        folder: where checkpoints go.
+        scaled: scale the loss, for float16.
+        ema_decay: of the averaged model; None: there is none.
+        ema_warmup: let the decay grow.
+        images: per batch, of all processes together.
+    """
+
+    def __init__(self, model: nn.Module, pair: Pair, world: World, folder: Path, *, scaled: bool = False,
+                 ema_decay: float | None = None, ema_warmup: bool = True, images: int = 0) -> None:  # fmt: skip
+        self.model, self.pair, self.world, self.folder = model, pair, world, folder
+        self.split = {"processes": world.size, "images": images}
+        self.progress = Progress()
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
+        self.ema = None if ema_decay is None else ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup)
+        self.saved_at = time.monotonic()
+
+    @property
+    def candidate(self) -> nn.Module:
+        """The model that is evaluated and exported: the averaged one, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def share_running_statistics(self, how: str) -> None:
+        """Make BatchNorm alike in all processes: it starts every batch as the first has it, then sees its own share.
+
+        Args:
+            how: `reduce` to the mean; `broadcast` the first process's, which every checkpoint holds; `none`.
+        """
+        if self.world.size == 1:
+            return
+        if how != "none":
+            distribute_bn(self.model, self.world.size, reduce=how == "reduce")
+        if self.ema is not None:
+            distribute_bn(self.ema.module, self.world.size, reduce=False)
+
+    def save(self, name: str) -> None:
+        """Write everything under `checkpoints/<name>.safetensors`; the first process does."""
+        if not self.world.primary:
+            return
+        tensors: checkpoint.Groups = {"model": self.model.state_dict()}
+        notes: dict[str, Any] = {"progress": self.progress.__dict__, "scaler": self.scaler.state_dict()}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        for key, optimizer in self.pair.optimizers.items():
+            tensors[f"optimizer.{key}"], notes[f"optimizer.{key}"] = checkpoint.optimizer_state(optimizer)
+        if self.progress.updates:  # nothing has been split before
+            notes["split"] = self.split
+        checkpoint.save(self.folder / f"{name}.safetensors", tensors, notes)
+        self.saved_at = time.monotonic()
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        """Go back to what `save` wrote."""
+        tensors, notes = saved.tensors, saved.notes
+        self.model.load_state_dict(tensors["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors["ema"])
+        for key, optimizer in self.pair.optimizers.items():
+            checkpoint.restore_optimizer(optimizer, tensors.get(f"optimizer.{key}", {}), notes[f"optimizer.{key}"])
+        self.scaler.load_state_dict(notes["scaler"])
+        self.progress = Progress(**notes["progress"])

@@ -1,0 +1,54 @@
+"""`nulsq compare` as a process: the matrix, going on after a kill, collecting, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.cli.test_commands import FAST, nulsq, refused
+
+ROOT = Path(__file__).parents[2]
+MATRIX = ["--methods", "lsq,nulsq-wa", "--bits", "2/2,3/3"]
+
+
+def test_a_matrix_is_run_continued_after_a_kill_and_collected(tmp_path):
+    folder = tmp_path / "matrix"
+    command = ["compare", "quickstart", *FAST, *MATRIX, "-o", folder, "--json"]
+    killed = subprocess.Popen([sys.executable, "-m", "nulsq_cli", *map(str, command)], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    first = folder / "lsq-w2a2-s42" / "result.json"
+    limit = time.monotonic() + 200
+    while not first.exists() and killed.poll() is None and time.monotonic() < limit:
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    kept = first.stat().st_mtime_ns
+
+    result = json.loads(nulsq(*command).stdout)
+    assert first.stat().st_mtime_ns == kept, "a finished run was repeated"
+    assert [(c["method"], c["bits"]) for c in result["cells"]] == [
+        ("lsq", "2/2"), ("lsq", "3/3"), ("nulsq-wa", "2/2"), ("nulsq-wa", "3/3")]  # fmt: skip
+    for cell in result["cells"]:
+        run = json.loads((folder / f"{cell['method']}-w{cell['bits'].replace('/', 'a')}-s42" / "result.json").read_text())
+        assert cell["top1"] == [run["best"]["top1"]] and cell["seeds"] == [42] and cell["spread"] is None
+    for name in ("compare.md", "compare.json", "compare.png", "compare.svg"):
+        assert (folder / name).stat().st_size > 100
+
+    again = nulsq("compare", "quickstart", *FAST, *MATRIX, "-o", folder, "--collect", "--json")
+    assert json.loads(again.stdout) == result
+    refused("compare", "quickstart", *FAST, *MATRIX, "--lr", "0.5", "-o", folder, code=2, words="another recipe")
+
+
+def test_impossible_matrices_are_refused_before_anything_runs(tmp_path):
+    for arguments, code, words in (
+        (["--methods", "lsq,nulsk"], 2, "no method called 'nulsk'"), (["--bits", "2/2,9/9"], 2, "bits must be 2..8"),
+        (["--seeds", "a"], 2, "whole numbers"), (["--methods", ","], 2, "nothing to compare"),
+        (["--collect"], 3, "no finished run"),
+    ):  # fmt: skip
+        refused("compare", "quickstart", *arguments, "-o", tmp_path / "none", code=code, words=words)
+    assert not (tmp_path / "none").exists()

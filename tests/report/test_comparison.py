@@ -1,0 +1,40 @@
+"""The table of a comparison: hand-made results, hand-computed cells."""
+
+from __future__ import annotations
+
+from nulsq_cli.report import comparison
+
+
+def result(method, bits, seed, top1):
+    return {"method": method, "bits": bits, "seed": seed, "best": {"top1": top1}, "init": {"top1": top1 / 2}}
+
+
+RESULTS = [
+    result("lsq", "2/2", 2, 62.0), result("lsq", "2/2", 1, 60.0), result("nulsq-a", "2/2", 1, 64.0),
+    {"method": "nulsq-a", "bits": "2/2", "seed": 2, "failed": "training diverged"}, result("lsq", "4/4", 1, 70.0),
+]  # fmt: skip
+
+
+def cells():
+    return comparison.gather(RESULTS, ["lsq", "nulsq-a"], ["2/2", "4/4"], {("lsq", "2/2"): 64.51})
+
+
+def test_a_cell_has_mean_spread_and_seed_count_over_its_finished_runs():
+    lsq, _, nulsq, empty = cells()
+    assert (lsq.mean, lsq.seeds, lsq.top1) == (61.0, [1, 2], [60.0, 62.0])
+    assert abs(lsq.spread - 2**0.5) < 1e-12
+    assert (nulsq.mean, nulsq.spread, nulsq.failed) == (64.0, None, {"2": "training diverged"})
+    assert (empty.mean, empty.words()) == (None, "-")
+
+
+def test_the_table_says_before_after_spread_and_the_papers_figure_and_marks_the_best():
+    columns, table = comparison.rows(cells())
+    assert columns == ["method", "2/2", "4/4"]
+    assert table[0] == ["lsq", "30.50 → 61.00 ± 1.41 (paper 64.51)", "35.00 → 70.00 *"]
+    assert table[1] == ["nulsq-a", "32.00 → 64.00 *", "-"]
+
+
+def test_markdown_lists_failures():
+    page = comparison.markdown(cells(), "net", ["one note"])
+    assert "| method | 2/2 | 4/4 |\n|---|---|---|\n| lsq |" in page
+    assert "- nulsq-a 2/2, seed 2: training diverged" in page

@@ -1,0 +1,301 @@
+"""Several processes that train together must do what one does, and stop, fail and go on like one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nulsq_cli.cli import launch
+from nulsq_cli.training import checkpoint
+from nulsq_cli.training.state import Progress, State, split_anew
+from nulsq_cli.training.world import join
+
+SMALL = ("finetune", "quickstart", "quant.calibration.samples=100", "bn.reestimate_samples=150", "--epochs", "1")
+ROOT = Path(__file__).parents[2]
+
+
+# ---- processes that need not import everything anew -------------------------------------------------
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["nulsq_cli.cli", "nulsq_cli.jobs", "tests.training.test_processes"])
+
+
+def place(rank, size, folder, **meeting):
+    """The variables by which a process finds the others."""
+    meeting = meeting or {"NULSQ_RENDEZVOUS": (folder / "meeting").as_uri()}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **meeting}
+
+
+def be(arguments, variables, folder):
+    """What one process does: be `nulsq`."""
+    os.environ.update(variables)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{variables.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    sys.argv = ["nulsq", *arguments]
+    from nulsq_cli.cli import main
+
+    main()
+
+
+@dataclass
+class Team:
+    """Processes that train together."""
+
+    folder: Path
+    processes: list[multiprocessing.process.BaseProcess]
+
+    def until(self, path):
+        """Wait for a file that they write."""
+        while not path.exists():
+            assert all(p.is_alive() for p in self.processes), self.text("err")
+            time.sleep(0.01)
+
+    def end_like_torchrun(self):
+        """As soon as one has failed, end the others."""
+        while any(p.is_alive() for p in self.processes) and not any(p.exitcode for p in self.processes):
+            time.sleep(0.01)
+        for process in self.processes:
+            process.terminate()
+
+    def codes(self, within=120):
+        """Their exit codes."""
+        for process in self.processes:
+            process.join(within)
+        return [process.exitcode for process in self.processes]
+
+    def text(self, name):
+        """What they said on stdout (out) or stderr (err), all together."""
+        return "".join((self.folder / f"{name}{rank}").read_text() for rank in range(len(self.processes)))
+
+
+@pytest.fixture
+def team(tmp_path):
+    """Start `nulsq` in some processes."""
+    started = []
+
+    def start(size, *arguments, **variables):
+        folder = tmp_path / f"said{len(started)}"
+        folder.mkdir()
+        places = [place(rank, size, folder, **variables) if size > 1 else {} for rank in range(size)]
+        processes = [CONTEXT.Process(target=be, args=(list(map(str, arguments)), where, folder)) for where in places]
+        started.append(Team(folder, processes))
+        for process in processes:
+            process.start()
+        return started[-1]
+
+    yield start
+    for process in (p for t in started for p in t.processes if p.is_alive()):
+        process.kill()
+
+
+@pytest.fixture
+def train(team, tmp_path):
+    """Train in some processes to the end; what they left in their folder."""
+
+    def run(name, size, *changes):
+        done = team(size, *SMALL, "--no-export", "-q", "-o", tmp_path / name, *changes)
+        assert done.codes() == [0] * size, done.text("err")
+        return tmp_path / name
+
+    return run
+
+
+def model(run, name="last"):
+    return checkpoint.load(run / f"checkpoints/{name}.safetensors")[0]["model"]
+
+
+# ---- the same numbers -------------------------------------------------------------------------------
+
+
+def test_the_start_of_a_run_is_the_same_bytes_in_any_number_of_processes(train):
+    """360 images in batches of 49 divide by nothing here; so do calibration's chunks of 64."""
+    runs = [train(f"{size}", size, "--epochs", "0", "-vb", "49") for size in (1, 3)]
+    for name in ("plan.json", "start.json", "checkpoints/last.safetensors"):
+        assert len({(run / name).read_bytes() for run in runs}) == 1, name
+    assert json.loads((runs[1] / "start.json").read_text())["init"]["samples"] == 360
+
+
+def test_a_step_on_two_half_batches_is_a_step_on_the_whole_batch(train):
+    """1293 images: an epoch is one update. BatchNorm is frozen, for its batch is that of a process."""
+    one, two = (train(f"{size}", size, "bn.freeze_after=0", "-vb", "128", "-b", 1200 // size) for size in (1, 2))
+    whole, halves, before = model(one), model(two), model(one, "previous")
+    torch.testing.assert_close(halves, whole, rtol=1e-5, atol=2e-6)
+    moved = [name for name in whole if (whole[name] - before[name]).abs().max() > 1e-4]
+    assert "conv1.weight" in moved and "layer1.0.conv1.weight_quantizer.gaps" in moved
+    rows = [json.loads((run / "metrics.jsonl").read_text()) for run in (one, two)]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-6)
+
+
+def share_statistics(variables, how, folder):
+    """What one process does in the next test."""
+    os.environ.update(variables)
+    world = join("cpu")
+    norms = [nn.BatchNorm1d(1), nn.BatchNorm1d(1)]
+    for norm in norms:
+        norm.running_mean.fill_(1.0 + 2.0 * world.rank)
+    State.share_running_statistics(SimpleNamespace(world=world, model=norms[0], ema=SimpleNamespace(module=norms[1])), how)
+    world.leave()
+    (folder / str(world.rank)).write_text(json.dumps([norm.running_mean.item() for norm in norms]))
+
+
+@pytest.mark.parametrize(("how", "means"), [("reduce", [2, 2]), ("broadcast", [1, 1]), ("none", [1, 3])])
+def test_running_statistics_become_the_mean_of_all_processes_or_those_of_the_first(tmp_path, how, means):
+    """Those of the averaged model are always those of the first, which is what its checkpoint holds."""
+    processes = [CONTEXT.Process(target=share_statistics, args=(place(rank, 2, tmp_path), how, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [[mean, 1] for mean in means]
+
+
+def test_another_split_keeps_the_position_in_samples():
+    for before, batch, now, batches, accumulated, expected in (
+        (128, 5, 64, 20, 1, 10), (128, 5, 128, 10, 1, 5), (64, 5, 128, 10, 1, 3), (64, 5, 128, 10, 2, 4),
+        (64, 19, 192, 6, 1, 6), (128, 0, 64, 20, 1, 0),
+    ):  # fmt: skip
+        progress = Progress(epoch=2, batch=batch, updates=99, loss_sum=0.5 * batch)
+        split_anew(progress, before, now, batches, accumulated)
+        assert progress.batch == expected and progress.loss_sum == pytest.approx(0.5 * expected)
+        assert progress.updates == 2 * -(-batches // accumulated) + -(-expected // accumulated)
+
+
+# ---- stopping and going on ---------------------------------------------------------------------------
+
+LONG = (*SMALL, "-b", "64", "--recovery-interval", "3", "--model-ema", "--mixup", "0.3")
+
+
+def test_a_run_that_was_told_to_stop_goes_on_to_the_same_bytes(team, tmp_path):
+    whole = team(2, *LONG, "-q", "-o", tmp_path / "whole")
+    parts = team(2, *LONG, "-o", tmp_path / "parts")
+    parts.until(tmp_path / "parts/checkpoints/recovery.safetensors")
+    os.kill(parts.processes[1].pid, signal.SIGTERM)  # one is enough
+    assert parts.codes() == [143, 143] and parts.text("err").count("error:") == 1
+    assert "recovery checkpoint was written" in parts.text("err")
+    rest = team(2, *LONG, "-o", tmp_path / "parts", "--resume", "auto", "--json")
+    assert (rest.codes(), whole.codes()) == ([0, 0], [0, 0]), rest.text("err")
+    assert json.loads(rest.text("out"))["epochs"] == 1 and "exact up to" not in rest.text("err")
+    assert "resumed from recovery" in rest.text("err")
+    assert len({(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "parts")}) == 1
+    last = [checkpoint.load(tmp_path / name / "checkpoints/last.safetensors")[0] for name in ("whole", "parts")]
+    assert list(last[0]) == list(last[1])
+    for group in last[0]:
+        torch.testing.assert_close(last[0][group], last[1][group], rtol=0, atol=0)
+
+
+def test_when_one_is_killed_the_others_stop_and_any_number_goes_on(team, tmp_path):
+    killed = team(2, *LONG, "-o", tmp_path / "r")
+    killed.until(tmp_path / "r/checkpoints/recovery.safetensors")
+    killed.processes[1].kill()
+    assert killed.codes(within=60) == [1, -9]
+    assert killed.text("err").count("error:") == 1 and "another process of this run has ended" in killed.text("err")
+    rest = team(1, *LONG, "-o", tmp_path / "r", "--resume", "auto")
+    assert rest.codes() == [0], rest.text("err")
+    assert "2 processes with 128 images per batch became 1 with 64: the run is exact up to this" in rest.text("out")
+    assert len((tmp_path / "r/metrics.jsonl").read_text().splitlines()) == 1
+
+
+# ---- one voice ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("quikstart",), 2, "no recipe called"),
+        (("--no-such-flag",), 2, "No such option"),
+        (("quickstart", "--data-dir", "nowhere", "--dataset", ""), 3, "nowhere"),
+        (("quickstart", "--epochs", "0", "--min-top1", "101", "--no-export"), 5, "below the 101"),
+        (("quickstart", "--sync-bn"), 2, "leave out --sync-bn"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_said_once_and_has_its_exit_code(team, tmp_path, arguments, code, words):
+    """As under torchrun, where an agent keeps the store, and ends the others when one has failed."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    agent = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = team(2, "finetune", *arguments, "-o", tmp_path / "r", **agent)
+    done.end_like_torchrun()
+    codes = done.codes()
+    assert codes[0] == code and codes[1] in (0, code, -signal.SIGTERM)
+    assert done.text("err").lower().count("error") == 1 and words in done.text("err")
+
+
+STAND_IN = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+assert os.environ["WORLD_SIZE"] == "2" and os.environ["NULSQ_RENDEZVOUS"].startswith("file:///")
+what = sys.argv[1 + rank]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if what == "tell":
+    time.sleep(0.3)
+    os.kill(os.getppid(), signal.SIGTERM)
+    what = "stay"
+if what == "stay":
+    time.sleep(60)
+if what == "kill":
+    os.kill(os.getpid(), 9)
+sys.exit(int(what))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ways", "code", "words"),
+    [(("0", "0"), 0, ""), (("3", "3"), 3, ""), (("5", "0"), 5, ""), (("stay", "4"), 4, ""), (("stay", "tell"), 143, ""),
+     (("stay", "kill"), 1, "process 1 of 2 was ended by SIGKILL")],
+)  # fmt: skip
+def test_the_launcher_ends_as_its_processes_do(tmp_path, monkeypatch, capfd, ways, code, words):
+    (tmp_path / "nulsq_cli").mkdir()
+    (tmp_path / "nulsq_cli/__main__.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "PATIENCE", 1.0)
+    before = signal.getsignal(signal.SIGTERM)
+    assert launch.launch(ways, 2) == code
+    said = capfd.readouterr().err
+    assert words in said and said.count("error:") == bool(words)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_the_launcher_is_the_command(tmp_path):
+    def nulsq(*arguments):
+        return subprocess.run([sys.executable, "-m", "nulsq_cli", *map(str, arguments), "--nproc-per-node", "2"], cwd=tmp_path,
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+
+    wrong = nulsq(*SMALL, "--bits", "3")
+    assert wrong.returncode == 2 and wrong.stderr.count("error:") == 1
+    right = nulsq(*SMALL, "--epochs", "0", "--json")
+    assert right.returncode == 0, right.stderr
+    assert json.loads(right.stdout)["init"]["top1"] > 50 and right.stderr.count("● Result") == 1
+
+
+@pytest.mark.slow
+def test_two_torchruns_stand_for_two_machines(tmp_path):
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "7",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost",
+               "-m", "nulsq_cli", *SMALL, "-b", "600", "-o", str(tmp_path / "r"), "--json"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for _ in "ab"]
+    said = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said[0][1] + said[1][1]
+    assert json.loads(said[0][0] + said[1][0])["best"]["top1"] > 50
+    split = checkpoint.load(tmp_path / "r/checkpoints/last.safetensors")[1]["split"]
+    assert split == {"processes": 2, "images": 1200}
