@@ -25,6 +25,7 @@ TABLES = {
 }
 
 # The poster's column of a stabilizer -> the ends of the names of the recipes that carry it, and the stabilizer there.
+SCHEMES = {"qkd": "lsq", "profit": "duq"}  # column -> the quantizer of its recipe
 STEADY = {"lsq+br": {"_br": "bin-reg"}, "lsq+dp/fz": {"_dampening": "dampening", "_freezing": "freezing"}}
 
 
@@ -86,12 +87,16 @@ def test_published_figures_are_the_poster_s(shared: Path):
         for row in table["rows"]:
             for method in METHODS:
                 if (figure := row.get(method)) is not None:
-                    key = (name, row["bits"] or inferred, method, None)
+                    key = (name, row["bits"] or inferred, method, None, None)
                     wanted[key] = tuple(figure) if isinstance(figure, list) else (figure, None)
             for column, recipes in STEADY.items():
                 if (figure := row.get(column)) is not None:
-                    wanted |= {(name + end, row["bits"], "lsq", steady): (figure, None) for end, steady in recipes.items()}
-    found = {(n, str(p.bits), p.method, p.stabilizer): (p.top1, p.top5) for n in NAMES for p in recipe.load(n).published}
+                    rows = {(name + end, row["bits"], "lsq", steady, None): (figure, None) for end, steady in recipes.items()}
+                    wanted |= rows
+            for scheme, quantizer in SCHEMES.items():
+                if (figure := row.get(scheme)) is not None:
+                    wanted[f"imagenet_mobilenetv2_{scheme}", "4/4", quantizer, None, scheme] = tuple(figure)
+    found = {(n, str(p.bits), p.method, p.stabilizer, p.scheme): (p.top1, p.top5) for n in NAMES for p in recipe.load(n).published}
     assert found == wanted
     assert sum(len(recipe.load(name).published) for name in NAMES) == len(found)
 

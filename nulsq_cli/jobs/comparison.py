@@ -85,7 +85,7 @@ def _same_recipe(r: recipe.Recipe, folder: Path) -> None:
 
 
 def _report(r: recipe.Recipe, matrix: Matrix, results: list[dict[str, Any]], folder: Path, show: Any) -> dict[str, Any]:
-    published = {(p.method, str(p.bits)): p.top1 for p in r.published}
+    published = {(p.method, str(p.bits)): p.top1 for p in r.published if p.scheme in (None, r.scheme.name)}
     cells = comparison.gather(results, matrix.methods, matrix.widths, published)
     done = [x for x in results if "failed" not in x]
     float_top1 = done[0]["float"]["top1"] if done else None

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm.layers
-import timm.task
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import Tensor, nn
+from torch import nn
 
-from nulsq_cli import calibrate, recipe, session
-from nulsq_cli.convert import Plan, convert, make_plan, with_signs
+from nulsq_cli import recipe, session
+from nulsq_cli.convert import Plan, convert, make_plan
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import make_folder, read_json, remove_leftovers, write_atomically, write_json, write_text
 from nulsq_cli.jobs.environment import environment
-from nulsq_cli.jobs.logs import Logs
+from nulsq_cli.jobs.quantizing import quantize, same_run
+from nulsq_cli.jobs.stretches import Stretch, hold_still, stretches
+from nulsq_cli.jobs.stretches import trainer as stretch_trainer
 from nulsq_cli.jobs.targets import check_top1, export
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fused
-from nulsq_cli.training import checkpoint, data, datasets, transforms
-from nulsq_cli.training.engine import Settings, Trainer
-from nulsq_cli.training.optim import Pair
+from nulsq_cli.training import checkpoint, datasets
+from nulsq_cli.training.engine import Trainer
 from nulsq_cli.training.world import World, join
 from nulsq_cli.values import Score
 
@@ -85,13 +83,18 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         start["float"] = session.score(model, splits.validation, splits.eval_transform, world, r)
     show.score("float", start["float"].top1, start["float"].top5, start["float"].samples)
 
-    stored = Plan.from_json(read_json(folder / "plan.json")) if resumed else None
-    if stored is not None:
-        _same_plan(plan, stored, r)
-        _same_stabilizers(recipe.load(folder / "recipe.yaml"), r)
+    way = stretches(r)
+    # Where widths change on the way, later models are made from the float one again.
+    skeleton = session.copy_of(model) if any(stretch.bits != r.quant.bits for stretch in way) else None
+    if resumed:
+        stored = Plan.from_json(read_json(folder / "plan.json"))
+        same_run(plan, stored, r, recipe.load(folder / "recipe.yaml"))
         plan = stored
-    if not is_float:
-        plan = _quantize(r, model, plan, splits, world, show, measured=stored is None)
+        if not is_float:
+            convert(model, plan)
+    elif not is_float:
+        show.heading(f"Quantizing to {r.quant.bits} with {r.quant.method}")
+        plan = quantize(r, model, plan, splits, world, show)
     model.to(world.device, memory_format=session.memory_format(r))
     if known is None:
         start["init"] = start["float"] if is_float else session.score(model, splits.validation, splits.eval_transform, world, r)
@@ -99,23 +102,71 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         show.score("before training", start["init"].top1, start["init"].top5, start["init"].samples)
     if world.primary and not resumed:
         _write_start(folder, r, model, config, plan, start)
+    trainer = _train(r, way, model, skeleton, plan, teacher, splits, config, world, folder, resumed, show)
+    return _finish(r, folder, trainer, splits, plan, start, world, show, export_after, min_top1, started)
 
-    trainer = _trainer(r, model, teacher, splits, world, folder, show)
-    if resumed:
-        trainer.restore(resumed)
-        trainer.watcher.write(trainer.progress.rows)  # whatever was killed between the checkpoint and the logs
-        show.say(f"  resumed from {resumed.path.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
-    else:
-        trainer.save("last")
-    if r.schedule.epochs:
-        show.heading(f"Fine-tuning for {r.schedule.epochs} epochs")
+
+def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.Module | None, plan: Plan,
+           teacher: nn.Module | None, splits: session.Splits, config: dict[str, Any], world: World, folder: Path,
+           resumed: checkpoint.Saved | None, show: Any) -> Trainer:  # fmt: skip
+    """Run all stretches, from the one in which a resumed run stood."""
+    at = resumed.notes["progress"]["notes"].get("stretch", 0) if resumed else 0
+    epochs, before = way[-1].end, None
+    if epochs:
+        show.heading(f"Fine-tuning for {epochs} epochs" + (f", {r.scheme_name}" if r.scheme_name != "plain" else ""))
         show.chosen_on = "held-out " if splits.held is not None else ""
-        show.start_training(r.schedule.epochs, trainer.batches, trainer.progress.epoch * trainer.batches + trainer.progress.batch)
+    for number, stretch in enumerate(way):
+        if number < at:
+            continue
+        here = resumed if number == at else None
+        if len(way) > 1 or len(stretch.phases) > 1:
+            words = ", ".join(f"{phase.name} ({phase.epochs})" for phase in stretch.phases)
+            show.say(f"  from epoch {stretch.first + 1}, at {stretch.bits}: {words}")
+        now = model if before is None else before.model
+        if skeleton is not None and (before is None or stretch.bits != way[number - 1].bits):
+            now = _at_width(r, stretch, now, skeleton, plan, splits, config, world, show, start=here is None)
+        progress = (here.notes["progress"] if here else vars(before.progress) if before else {}) or {}
+        scores = progress.get("notes", {}).get("instability", {})
+        stopped = hold_still(now, stretch.phases[0], scores)
+        trainer = stretch_trainer(r, stretch, now, teacher, splits, config, world, folder, show)
+        if here:
+            trainer.restore(here)
+            trainer.watcher.write(trainer.progress.rows)  # whatever was killed between the checkpoint and the logs
+            show.say(f"  resumed from {here.path.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
+        else:
+            if before is not None:
+                old = before.progress
+                trainer.progress = replace(old, batch=0, updates=0, loss_sum=0.0, notes={**old.notes, "stretch": number})
+            trainer.save("last")
+        show.start_training(epochs, trainer.batches, trainer.progress.epoch * trainer.batches + trainer.progress.batch)
         try:
             trainer.run()
         finally:
             show.stop_training()
-    return _finish(r, folder, trainer, splits, plan, start, world, show, export_after, min_top1, started)
+        if (watch := trainer.also.get("instability")) is not None:
+            trainer.progress.notes["instability"] = watch.scores()
+            watch.close()
+        for parameter in stopped:
+            parameter.requires_grad_(True)
+        before = trainer
+    return before
+
+
+def _at_width(r: recipe.Recipe, stretch: Stretch, model: nn.Module, skeleton: nn.Module, plan: Plan, splits: session.Splits,
+              config: dict[str, Any], world: World, show: Any, *, start: bool) -> nn.Module:  # fmt: skip
+    """The model with its present weights, its quantizers at the widths of a stretch and started anew."""
+    fresh = session.copy_of(skeleton)
+    own = fresh.state_dict().keys()
+    fresh.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
+    wanted = make_plan(fresh, replace(session.policy(r), bits=stretch.bits), config["input_size"])
+    signs = {p.name: bool(p.signed) for p in plan.layers}
+    wanted = replace(wanted, layers=tuple(replace(p, signed=signs[p.name]) for p in wanted.layers))
+    if any(p.quantized for p in wanted.layers):
+        if start:
+            quantize(r, fresh, wanted, splits, world, show, signs=False)
+        else:
+            convert(fresh, wanted)
+    return fresh.to(world.device, memory_format=session.memory_format(r))
 
 
 def _run_folder(r: recipe.Recipe, folder: Path | None, resume: str | None) -> Path:
@@ -155,49 +206,6 @@ def _teacher(r: recipe.Recipe, model: nn.Module, config: dict[str, Any]) -> nn.M
                               num_classes=model.num_classes, in_chans=config["input_size"][0])  # fmt: skip
 
 
-def _same_plan(now: Plan, stored: Plan, r: recipe.Recipe) -> None:
-    """A resumed run keeps its plan; signs were measured, so they are the stored ones."""
-    key = lambda p: (p.weight_bits, p.input_bits, p.granularity, p.method, p.shape)  # noqa: E731
-    before = {p.name: key(p) for p in stored.layers}
-    after = {p.name: key(p) for p in now.layers}
-    changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
-    if changed or now.options != stored.options:
-        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        raise UsageError(f"the run was made with another plan; it differs in {listed or 'the method options'}",
-                         fix="resume with the bits, method and rules of the run, or start a new one with -o")  # fmt: skip
-
-
-def _same_stabilizers(before: recipe.Recipe, now: recipe.Recipe) -> None:
-    """What stabilizers remember was counted under their options."""
-    if before.quant.stabilizers != now.quant.stabilizers:
-        names = ", ".join(s.name for s in before.quant.stabilizers) or "none"
-        raise UsageError(f"the run was made with other stabilizers, or other options of them ({names})",
-                         fix="resume with the quant.stabilizers of the run, or start a new one with -o")  # fmt: skip
-
-
-def _quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Splits, world: World, show: Any, *,
-              measured: bool) -> Plan:  # fmt: skip
-    """Convert the model in place; a new run also measures, starts its steps and re-estimates BatchNorm."""
-    if not measured:
-        convert(model, plan)
-        return plan
-    show.heading(f"Quantizing to {r.quant.bits} with {r.quant.method}")
-    q = r.quant
-    passes = session.chunks(splits.train, splits.eval_transform, q.calibration.samples, world, r)
-    stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), *passes, world.reduce)
-    plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, session.policy(r))
-    show.plan(plan.to_json())
-    convert(model, plan)
-    calibrate.initialize(model, stats, q.init.weights, q.init.activations)
-    calibrate.match_output_scales(model, *passes, world.reduce)
-    if r.bn.reestimate_samples:
-        passes = session.chunks(splits.train, splits.eval_transform, r.bn.reestimate_samples, world, r)
-        count = calibrate.reestimate_batchnorm(model, *passes, world.reduce)
-        show.say(f"  steps started from {min(q.calibration.samples, len(splits.train))} images"
-                 f" ({q.init.weights} weights, {q.init.activations} activations), {count} BatchNorms re-estimated")  # fmt: skip
-    return plan
-
-
 def _write_start(folder: Path, r: recipe.Recipe, model: nn.Module, config: dict[str, Any], plan: Plan,
                  start: dict[str, Score]) -> None:  # fmt: skip
     write_json(folder / "plan.json", plan.to_json())
@@ -205,57 +213,6 @@ def _write_start(folder: Path, r: recipe.Recipe, model: nn.Module, config: dict[
     write_json(folder / "env.json", environment())
     write_json(folder / "start.json", {key: vars(value) for key, value in start.items()})
     write_text(folder / "recipe.yaml", r.to_yaml())
-
-
-def _trainer(r: recipe.Recipe, model: nn.Module, teacher: nn.Module | None, splits: session.Splits, world: World,
-             folder: Path, show: Any) -> Trainer:  # fmt: skip
-    d, a, e = r.data, r.data.augment, r.engine
-    if e.sync_bn and world.size > 1:
-        timm.layers.convert_sync_batchnorm(model)
-    steady = session.stabilizers(r, model)  # before anything copies or wraps the model: some add buffers to its layers
-    loader = data.train_loader(splits.train, splits.train_transform, batch_size=d.batch_size, seed=r.seed, workers=d.workers,
-                               rank=world.rank, world=world.size, pin_memory=d.pin_mem)  # fmt: skip
-    loader.set_epoch(0)
-    batches = int(world.reduce(torch.tensor(len(loader)), "min"))  # streams may be dealt out unevenly
-    updates = -(-batches // e.grad_accum_steps)
-    pair = Pair(model, r.optimizer.weights.model_dump(), r.optimizer.steps.model_dump(), r.schedule.model_dump(),
-                r.schedule.epochs, max(updates, 1))  # fmt: skip
-    mixup = transforms.build_mixup(
-        model.num_classes, mixup=a.mixup, cutmix=a.cutmix, mixup_prob=a.mixup_prob, mixup_mode=a.mixup_mode,
-        mixup_switch_prob=a.mixup_switch_prob, smoothing=a.smoothing, batch_size=d.batch_size,
-    )  # fmt: skip
-    if mixup is not None:
-        criterion: nn.Module = SoftTargetCrossEntropy()
-    else:
-        criterion = LabelSmoothingCrossEntropy(a.smoothing) if a.smoothing else nn.CrossEntropyLoss()
-    if teacher is None:
-        task = timm.task.ClassificationTask(model, criterion, device=world.device, verbose=False)
-    else:
-        task = timm.task.LogitDistillationTask(
-            model, teacher.to(world.device), criterion, distill_loss_weight=r.teacher.weight,
-            task_loss_weight=r.teacher.task_weight, temperature=r.teacher.temperature, device=world.device, verbose=False,
-        )  # fmt: skip
-    task.to(world.device)
-    if world.size > 1:
-        task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)
-
-    def batches_of(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader.set_epoch(epoch, first * d.batch_size * world.size)
-        return iter(loader)
-
-    settings = Settings(
-        epochs=r.schedule.epochs, seed=r.seed, batch_size=d.batch_size * world.size, dist_bn=e.dist_bn,
-        grad_accum_steps=e.grad_accum_steps, clip_grad=r.optimizer.clip_grad,
-        clip_mode=r.optimizer.clip_mode, amp=session.amp_type(r), memory_format=session.memory_format(r),
-        ema_decay=r.ema.decay if r.ema.enabled else None,
-        ema_warmup=r.ema.warmup, bn_freeze_after=r.bn.freeze_after, mixup_off_epoch=a.mixup_off_epoch,
-        log_interval=r.log.interval, recovery_seconds=60 * r.checkpoint.recovery_minutes,
-        recovery_steps=r.checkpoint.recovery_steps,
-    )  # fmt: skip
-    chosen = splits.held or splits.validation
-    logs = Logs(folder, show, world.primary)
-    return Trainer(task, model, pair, world, settings, folder / "checkpoints", batches_of, batches,
-                      lambda m: session.score(m, chosen, splits.eval_transform, world, r), logs, mixup, steady)  # fmt: skip
 
 
 def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Splits, plan: Plan, start: dict[str, Score],
@@ -278,7 +235,7 @@ def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Sp
             best_score |= {"top1": found.top1, "top5": found.top5}
     result: dict[str, Any] = {
         "run": str(folder), "artifact": None, "model": r.model.name, "bits": str(r.quant.bits), "method": r.quant.method,
-        "epochs": r.schedule.epochs, "seed": r.seed, "seconds": round(time.monotonic() - started, 1),
+        "epochs": stretches(r)[-1].end, "seed": r.seed, "seconds": round(time.monotonic() - started, 1),
         "float": _percent(start["float"]), "init": _percent(start["init"]), "best": best_score, "last": _percent(last),
         "chosen_on": f"{r.data.hold_out:g} of split {r.data.train_split!r}, held out" if splits.held is not None
         else f"split {r.data.val_split!r}",

@@ -62,6 +62,7 @@ class Published(Section):
     bits: Bits
     method: MethodName
     stabilizer: StabilizerName | None = None
+    scheme: SchemeName | None = None
     top1: Percent
     top5: Percent | None = None
 

@@ -34,43 +34,47 @@ def divergence(before: Tensor, after: Tensor, channel: int) -> float | None:
     return float(((s0 / s1).log() + (s1.square() + (m1 - m0).square()) / (2 * s0.square()) - 0.5).mean())
 
 
-class Instability:
-    """Watches the training forwards of every layer with quantized weights.
+class Instability(nn.Module):
+    """Watches the training forwards of every layer with quantized weights; all it knows is in buffers.
 
     Args:
         model: a converted model.
-        scores: what was measured before, to go on with; layer -> moving average.
     """
 
-    def __init__(self, model: nn.Module, scores: dict[str, float] | None = None) -> None:
-        self.scores: dict[str, float] = dict(scores or {})
-        self._before: dict[str, Tensor] = {}
-        self._hooks = [
-            layer.register_forward_hook(self._hook(name))
-            for name, layer in quant_layers(model).items() if layer.weight_quantizer is not None
-        ]  # fmt: skip
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = {name: m for name, m in quant_layers(model).items() if m.weight_quantizer is not None}
+        self.names = list(layers)
+        self.register_buffer("averages", torch.full((len(layers),), float("nan"), dtype=torch.float64))
+        with torch.no_grad():
+            for index, layer in enumerate(layers.values()):
+                self.register_buffer(f"weight_{index}", layer.quantized_weight().detach().clone())
+        self._hooks = [layer.register_forward_hook(self._hook(index)) for index, layer in enumerate(layers.values())]
+
+    def scores(self) -> dict[str, float]:
+        """Layer -> moving average; a layer whose codes never changed was never shaken."""
+        return dict(zip(self.names, self.averages.nan_to_num(0.0).tolist(), strict=True))
 
     def close(self) -> None:
         """Stop watching."""
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, index: int) -> Any:
         @torch.no_grad()
         def look(layer: QuantLayer, args: tuple[Tensor], output: Tensor) -> None:
             if not layer.training:
                 return
-            weight = layer.quantized_weight().detach()
-            before = self._before.get(name)
-            self._before[name] = weight
-            if before is None or torch.equal(before, weight):
+            weight, before = layer.quantized_weight(), getattr(self, f"weight_{index}").clone()
+            getattr(self, f"weight_{index}").copy_(weight)
+            if torch.equal(before, weight):
                 return
             x = layer.quantized_input(args[0])
             channel = 1 if isinstance(layer, nn.Conv2d) else output.ndim - 1
             found = divergence(layer.compute(x, before), layer.compute(x, weight), channel)
             if found is not None and found <= LARGEST:
-                known = self.scores.get(name)
-                self.scores[name] = found if known is None else MOMENTUM * known + (1 - MOMENTUM) * found
+                known = self.averages[index]
+                self.averages[index] = found if known.isnan() else MOMENTUM * known + (1 - MOMENTUM) * found
 
         return look
 

@@ -1,4 +1,4 @@
-"""The only training loop. It runs one phase, watches for trouble, and can be stopped and continued anywhere."""
+"""The only training loop. It runs one stretch, watches for trouble, and can be stopped and continued anywhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,9 @@ from nulsq_cli.values import Score
 class Settings:
     """What the loop needs to know besides model, data and optimizers."""
 
-    epochs: int
+    epochs: int  # of the run, up to the end of this stretch
+    first_epoch: int = 0  # of this stretch
+    choosing: bool = True  # whether an epoch of this stretch may be the best one
     seed: int = 42
     batch_size: int = 0  # images per batch, of all processes together
     dist_bn: str = "reduce"
@@ -55,15 +57,16 @@ class Trainer(State):
     """The loop over the state of a run."""
 
     def __init__(
-        self, task: nn.Module, model: nn.Module, pair: Pair, world: World, settings: Settings, folder: Path,
+        self, lessons: Callable[[int], nn.Module], model: nn.Module, pair: Pair, world: World, settings: Settings, folder: Path,
         loader: Callable[[int, int], Iterable[tuple[Tensor, Tensor]]], batches: int,
         choose: Callable[[nn.Module], Score], watcher: Watcher, mixup: Any = None, stabilizers: Sequence[Stabilizer] = (),
+        also: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         """Take everything that will be needed.
 
         Args:
-            task: a timm task around the model: (images, target) -> {"loss", "output"}.
-            model: the bare model inside the task.
+            lessons: epoch -> a timm task around the model: (images, target) -> {"loss", "output"}.
+            model: the bare model inside the tasks.
             pair: the optimizers of weights and steps.
             world: the processes.
             settings: numbers.
@@ -74,15 +77,16 @@ class Trainer(State):
             watcher: shows and logs.
             mixup: timm's Mixup, or None.
             stabilizers: add to the loss, and act after updates; their state, if any, is in the model.
+            also: further modules whose state belongs to the run.
         """
         super().__init__(
             model, pair, world, folder, scaled=settings.amp is torch.float16,
-            ema_decay=settings.ema_decay, ema_warmup=settings.ema_warmup, images=settings.batch_size,
+            ema_decay=settings.ema_decay, ema_warmup=settings.ema_warmup, images=settings.batch_size, also=also,
         )  # fmt: skip
-        self.task, self.settings, self.loader, self.batches = task, settings, loader, batches
+        self.lessons, self.settings, self.loader, self.batches = lessons, settings, loader, batches
         self.choose, self.watcher, self.mixup = choose, watcher, mixup
         self.quantizers, self.stabilizers = list(quantizers(model).values()), list(stabilizers)
-        self.updates = max(settings.epochs * -(-batches // settings.grad_accum_steps), 1)  # in the whole run
+        self.updates = max((settings.epochs - settings.first_epoch) * -(-batches // settings.grad_accum_steps), 1)  # in all
         self.stopped_by: int | None = None  # the signal that all processes agree on
         self.signals = Signals(echo=world.size > 1)
 
@@ -93,7 +97,8 @@ class Trainer(State):
         if before == now:
             return
         if before["images"] != now["images"]:
-            split_anew(self.progress, before["images"], now["images"], self.batches, self.settings.grad_accum_steps)
+            split_anew(self.progress, before["images"], now["images"], self.batches, self.settings.grad_accum_steps,
+                       self.settings.first_epoch)  # fmt: skip
         self.watcher.say(
             f"  {before['processes']} processes with {before['images']} images per batch became {now['processes']} with"
             f" {now['images']}: the run is exact up to this checkpoint only, because batches are now split differently"
@@ -122,6 +127,7 @@ class Trainer(State):
         s, p = self.settings, self.progress
         if p.batch == 0:
             p.loss_sum = 0.0
+        self.task = self.lessons(p.epoch)
         self.task.train()
         if s.bn_freeze_after is not None and p.epoch >= s.bn_freeze_after:
             for module in self.model.modules():
@@ -214,6 +220,7 @@ class Trainer(State):
         p.rows.append(row)
         # On a small split many epochs are equally right; the loss tells them apart.
         better = p.best is None or (score.top1, -score.loss) > (p.best["top1"], -p.best["loss"])
+        better = better and self.settings.choosing
         if better:
             p.best = {"top1": score.top1, "top5": score.top5, "loss": score.loss, "epoch": p.epoch}
         p.epoch, p.batch = p.epoch + 1, 0

@@ -36,10 +36,24 @@ class Pair:
         if step_parameters:
             self.optimizers["steps"] = _optimizer([{"params": list(step_parameters)}], steps)
         self._check(model)
+        self._length = schedule, epochs, updates_per_epoch, weights["lr"]
         self.schedulers = {}
         for name, optimizer in self.optimizers.items():
             scale = 1.0 if name == "weights" else steps["lr"] / weights["lr"] if weights["lr"] else 0.0
             self.schedulers[name] = _scheduler(optimizer, schedule, scale, epochs, updates_per_epoch)
+
+    def add(self, name: str, parameters: list[nn.Parameter], options: dict[str, Any]) -> None:
+        """One more optimizer, for another network, on the same schedule in proportion.
+
+        Args:
+            name: of the optimizer in checkpoints.
+            parameters: what it trains.
+            options: as for the weights.
+        """
+        schedule, epochs, updates_per_epoch, rate = self._length
+        self.optimizers[name] = _optimizer([{"params": parameters}], options)
+        scale = options["lr"] / rate if rate else 0.0
+        self.schedulers[name] = _scheduler(self.optimizers[name], schedule, scale, epochs, updates_per_epoch)
 
     def _check(self, model: nn.Module) -> None:
         """Every parameter that is trained is in exactly one group: no step is forgotten, none is taken twice."""
@@ -60,8 +74,8 @@ class Pair:
 
     def rates(self) -> tuple[float, float | None]:
         """The learning rates of weights and steps."""
-        found = [o.param_groups[0]["lr"] for o in self.optimizers.values()]
-        return found[0], found[1] if len(found) > 1 else None
+        found = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        return found["weights"], found.get("steps")
 
 
 def _weight_groups(model: nn.Module, options: dict[str, Any], steps: dict[nn.Parameter, str]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Progress:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def split_anew(progress: Progress, before: int, now: int, batches: int, accumulated: int) -> None:
+def split_anew(progress: Progress, before: int, now: int, batches: int, accumulated: int, first: int = 0) -> None:
     """Put a position into batches of another size: the same number of samples, up to the next whole update.
 
     Args:
@@ -37,12 +38,13 @@ def split_anew(progress: Progress, before: int, now: int, batches: int, accumula
         before, now: images per batch, of all processes together.
         batches: how many an epoch has now.
         accumulated: batches per update.
+        first: the epoch from which updates are counted.
     """
     group = now * accumulated
     done = min(-(-progress.batch * before // group) * accumulated, batches)
     progress.loss_sum *= done / max(progress.batch, 1)
     progress.batch = done
-    progress.updates = progress.epoch * -(-batches // accumulated) + -(-done // accumulated)
+    progress.updates = (progress.epoch - first) * -(-batches // accumulated) + -(-done // accumulated)
 
 
 class State:
@@ -57,11 +59,14 @@ class State:
         ema_decay: of the averaged model; None: there is none.
         ema_warmup: let the decay grow.
         images: per batch, of all processes together.
+        also: further modules to save: a teacher that learns, what a scheme measures.
     """
 
     def __init__(self, model: nn.Module, pair: Pair, world: World, folder: Path, *, scaled: bool = False,
-                 ema_decay: float | None = None, ema_warmup: bool = True, images: int = 0) -> None:  # fmt: skip
+                 ema_decay: float | None = None, ema_warmup: bool = True, images: int = 0,
+                 also: Mapping[str, nn.Module] | None = None) -> None:  # fmt: skip
         self.model, self.pair, self.world, self.folder = model, pair, world, folder
+        self.also = dict(also or {})
         self.split = {"processes": world.size, "images": images}
         self.progress = Progress()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
@@ -94,6 +99,7 @@ class State:
         notes: dict[str, Any] = {"progress": self.progress.__dict__, "scaler": self.scaler.state_dict()}
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
+        tensors |= {f"also.{key}": module.state_dict() for key, module in self.also.items()}
         for key, optimizer in self.pair.optimizers.items():
             tensors[f"optimizer.{key}"], notes[f"optimizer.{key}"] = checkpoint.optimizer_state(optimizer)
         if self.progress.updates:  # nothing has been split before
@@ -107,6 +113,8 @@ class State:
         self.model.load_state_dict(tensors["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors["ema"])
+        for key, module in self.also.items():
+            module.load_state_dict(tensors[f"also.{key}"])
         for key, optimizer in self.pair.optimizers.items():
             checkpoint.restore_optimizer(optimizer, tensors.get(f"optimizer.{key}", {}), notes[f"optimizer.{key}"])
         self.scaler.load_state_dict(notes["scaler"])

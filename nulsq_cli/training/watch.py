@@ -32,19 +32,30 @@ def one_number(parameters: Iterable[nn.Parameter], loss: float) -> Tensor:
 def first_bad(model: nn.Module, images: Tensor | None = None) -> str | None:
     """Where trouble began, by name; None when nothing is wrong.
 
-    Looks at parameters and buffers in the model's order; then, with images, at what the layers put out, in the order
-    in which they compute; then at gradients from the last layer back, for that is how they are made.
+    Looks at parameters in the model's order; then, with images, at these and at what the layers make of them, in the
+    order in which they compute; then at gradients from the last layer back, for that is how they are made; then at
+    buffers, which only record what went by.
 
     Args:
         model: in the mode in which the trouble appeared.
         images: (N, C, H, W), a batch that made the loss go wrong.
     """
-    if bad := first_bad_layer(model):
+    named = list(model.named_parameters())
+    if bad := next((name for name, p in named if not _finite(p)), None):
         return bad
-    if images is not None and (bad := _first_bad_output(model, images)):
-        return bad
-    named = reversed(list(model.named_parameters()))
-    return next((f"the gradient of {n}" for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()), None)
+    if images is not None:
+        if not _finite(images):
+            return "the images"
+        if bad := _first_bad_output(model, images):
+            return bad
+    for name, p in reversed(named):
+        if p.grad is not None and not _finite(p.grad):
+            return f"the gradient of {name}"
+    return first_bad_layer(model)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
@@ -52,7 +63,7 @@ def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
 
     def watch(name: str) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+            if not found and isinstance(output, Tensor) and not _finite(output):
                 found.append(f"the output of {name}")
 
         return look

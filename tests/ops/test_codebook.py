@@ -100,3 +100,22 @@ def test_the_compiled_loops_compute_the_eager_numbers(count, layout):
     truth = codebook.backward_eager(grad.double(), x.double(), levels.double())
     assert torch.equal(to_x, truth[0].float())
     torch.testing.assert_close(to_levels.double(), truth[1], rtol=1e-5, atol=1e-6 * x.numel())
+
+
+def test_the_middle_of_every_bin_and_outer_bins_as_wide_as_their_neighbours():
+    thresholds = torch.tensor([[-1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
+    assert codebook.middles(thresholds).tolist() == [[-1.5, -0.5, 1.0, 3.0], [-0.5, 0.5, 1.5, 2.5]]
+    even = torch.arange(-4, 4) * 0.3
+    torch.testing.assert_close(codebook.middles(codebook.midpoints(even)), even)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+def test_decoding_gives_each_level_the_gradient_of_its_entries(shape):
+    torch.manual_seed(0)
+    levels = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    codes = torch.randint(0, 4, (3, 40), dtype=torch.uint8)  # code 4 is empty
+    assert torch.equal(codebook.decode_with_gradient(codes, levels), codebook.decode(codes, levels))
+    assert torch.autograd.gradcheck(lambda t: codebook.decode_with_gradient(codes, t), (levels,))
+    counts = codebook.sum_by_code(codes, torch.ones(3, 40), levels.shape)
+    rows = codes if len(shape) == 2 else codes.view(1, -1)
+    assert counts.view(len(rows), 5).tolist() == [[float((row == k).sum()) for k in range(5)] for row in rows]

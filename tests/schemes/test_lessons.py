@@ -57,14 +57,16 @@ def test_only_training_forwards_that_change_codes_are_measured():
     watch = instability.Instability(model)
     model.train()(x)
     model(x)
-    assert not watch.scores  # nothing changed between the two
+    assert watch.scores() == {"0": 0.0}  # nothing changed between the two
     old = layer.quantized_weight().detach()
     layer.weight.data[0, 0] = -layer.weight.data[0, 0].sign() * 0.5
     model.eval()(x)
-    assert not watch.scores
+    assert watch.scores() == {"0": 0.0}
     model.train()(x)
     wanted = instability.divergence(F.linear(x, old, layer.bias), model(x).detach(), 1)
-    if wanted <= instability.LARGEST:
-        assert watch.scores == {"0": wanted}
+    assert 0 < wanted <= instability.LARGEST and watch.scores() == {"0": wanted}
+    fresh = instability.Instability(model)
+    fresh.load_state_dict(watch.state_dict())
+    assert fresh.scores() == watch.scores()
     watch.close()
     assert instability.most_unstable({"a": 0.1, "b": 0.3, "c": 0.3}, 2 / 3) == ["b", "c"]

@@ -30,6 +30,15 @@ TENSORS = {
 NOTES = {"progress": {"epoch": 3, "loss": 0.1 + 0.2}, "x": [1, None, 1e-300], "y": {"10": 1, "9": 2}}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Everything here is tiny, and a busy machine lets several threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_what_is_saved_comes_back(tmp_path):
     path = tmp_path / "c" / "last.safetensors"
     checkpoint.save(path, TENSORS, NOTES)

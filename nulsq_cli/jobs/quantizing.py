@@ -1,0 +1,68 @@
+"""From a float model to one whose quantizers have started, and the check that a resumed run means the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nulsq_cli import calibrate, recipe, session
+from nulsq_cli.convert import Plan, convert, with_signs
+from nulsq_cli.errors import UsageError
+from nulsq_cli.training.world import World
+
+
+def quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Splits, world: World, show: Any, *,
+             signs: bool = True) -> Plan:  # fmt: skip
+    """Convert the model in place, start its steps from statistics and re-estimate BatchNorm.
+
+    Args:
+        r: the recipe.
+        model: the float model.
+        plan: what becomes of each layer.
+        splits: the images.
+        world: the processes.
+        show: for people.
+        signs: whether inputs are signed where the images say so; else as the plan says.
+
+    Returns:
+        The plan, with the signs.
+    """
+    q = r.quant
+    passes = session.chunks(splits.train, splits.eval_transform, q.calibration.samples, world, r)
+    stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), *passes, world.reduce)
+    if signs:
+        plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, session.policy(r))
+        show.plan(plan.to_json())
+    convert(model, plan)
+    calibrate.initialize(model, stats, q.init.weights, q.init.activations)
+    calibrate.match_output_scales(model, *passes, world.reduce)
+    count = 0
+    if r.bn.reestimate_samples:
+        passes = session.chunks(splits.train, splits.eval_transform, r.bn.reestimate_samples, world, r)
+        count = calibrate.reestimate_batchnorm(model, *passes, world.reduce)
+    show.say(f"  steps started from {min(q.calibration.samples, len(splits.train))} images"
+             f" ({q.init.weights} weights, {q.init.activations} activations), {count} BatchNorms re-estimated")  # fmt: skip
+    return plan
+
+
+def same_run(now: Plan, stored: Plan, r: recipe.Recipe, before: recipe.Recipe) -> None:
+    """A resumed run keeps its plan, its stabilizers and its phases; signs were measured, so they are the stored ones.
+
+    Raises:
+        UsageError: something of it differs; it says what.
+    """
+    key = lambda p: (p.weight_bits, p.input_bits, p.granularity, p.method, p.shape)  # noqa: E731
+    old, new = {p.name: key(p) for p in stored.layers}, {p.name: key(p) for p in now.layers}
+    changed = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
+    if changed or now.options != stored.options:
+        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise UsageError(f"the run was made with another plan; it differs in {listed or 'the method options'}",
+                         fix="resume with the bits, method and rules of the run, or start a new one with -o")  # fmt: skip
+    if before.quant.stabilizers != r.quant.stabilizers:  # what they remember was counted under their options
+        names = ", ".join(s.name for s in before.quant.stabilizers) or "none"
+        raise UsageError(f"the run was made with other stabilizers, or other options of them ({names})",
+                         fix="resume with the quant.stabilizers of the run, or start a new one with -o")  # fmt: skip
+    if before.scheme_name != r.scheme_name or before.scheme.options != r.scheme.options:
+        raise UsageError(f"the run was made with another scheme, or other options of it ({before.scheme_name})",
+                         fix="resume with the scheme of the run, or start a new one with -o")  # fmt: skip
