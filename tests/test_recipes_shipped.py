@@ -91,8 +91,8 @@ def test_published_figures_are_the_poster_s(shared: Path):
                     wanted[key] = tuple(figure) if isinstance(figure, list) else (figure, None)
             for column, recipes in STEADY.items():
                 if (figure := row.get(column)) is not None:
-                    rows = {(name + end, row["bits"], "lsq", steady, None): (figure, None) for end, steady in recipes.items()}
-                    wanted |= rows
+                    for end, steady in recipes.items():
+                        wanted[name + end, row["bits"], "lsq", steady, None] = (figure, None)
             for scheme, quantizer in SCHEMES.items():
                 if (figure := row.get(scheme)) is not None:
                     wanted[f"imagenet_mobilenetv2_{scheme}", "4/4", quantizer, None, scheme] = tuple(figure)

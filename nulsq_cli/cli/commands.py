@@ -102,7 +102,7 @@ def validate(
 
 
 def ls(
-    what: Annotated[str, typer.Argument(help="recipes, models, methods, stabilizers or runs")] = "recipes",
+    what: Annotated[str, typer.Argument(help="recipes, models, methods, stabilizers, schemes or runs")] = "recipes",
     pattern: Annotated[str, typer.Argument(help="Models whose name contains this; runs below this folder.")] = "",
     as_json: Json = False, no_color: NoColor = False,
 ) -> None:  # fmt: skip
@@ -124,6 +124,12 @@ def ls(
         _listing(show, ["stabilizer", "idea", "options"], [
             [name, line.idea, ", ".join(f"{k}={v}" for k, v in line.options.items())] for name, line in STABILIZERS.items()
         ])  # fmt: skip
+    elif what == "schemes":
+        from nulsq_cli.schemes import SCHEMES
+
+        _listing(show, ["scheme", "teacher", "idea"], [
+            [name, "needed" if s.needs_teacher else "none", s.idea] for name, s in SCHEMES.items()
+        ])  # fmt: skip
     elif what == "models":
         from nulsq_cli import jobs
 
@@ -131,7 +137,7 @@ def ls(
     elif what == "runs":
         _listing(show, ["run", "model", "bits", "method", "top-1 %", "epoch"], _runs(Path(pattern or "output")))
     else:
-        raise UsageError(f"cannot list {what!r}", fix="choose from recipes, models, methods, stabilizers, runs")
+        raise UsageError(f"cannot list {what!r}", fix="choose from recipes, models, methods, stabilizers, schemes, runs")
 
 
 def _listing(show: Show, columns: list[str], rows: list[list[str]]) -> None:

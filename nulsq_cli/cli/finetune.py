@@ -22,7 +22,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--num-classes", "model.num_classes", int, "Number of classes."),
     ("--in-chans", "model.in_chans", int, "Channels of the images."),
     ("--bits", "quant.bits", str, "Weight/activation bits, each 2..8, or 32 for float."),
-    ("--method", "quant.method", str, "nulsq-a, nulsq-w, nulsq-wa or lsq: `nulsq ls methods`."),
+    ("--method", "quant.method", str, "nulsq-wa, lsq, pact ...: `nulsq ls methods`."),
     ("--stabilizer", "quant.stabilizers", list[str], "bin-reg, dampening or freezing; may be repeated: `nulsq ls stabilizers`."),
     ("--granularity", "quant.granularity", str, "Weight levels per `tensor` or per `channel`."),
     ("--first-last", "quant.first_last.bits", str, "Bits of the first and the last layer."),
@@ -67,6 +67,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--model-ema", "ema.enabled", bool, "Average weights and steps, and export the average."),
     ("--model-ema-decay", "ema.decay", float, "Decay of the average."),
     ("--kd-model-name", "teacher.name", str, "Distill from a timm model, or from `self`, the float model."),
+    ("--scheme", "scheme.name", str, "plain, kd, qkd or profit: `nulsq ls schemes`."),
     ("--kd-temperature", "teacher.temperature", float, "Temperature of the distillation."),
     ("--distill-loss-weight", "teacher.weight", float, "Weight of the distillation loss."),
     ("--task-loss-weight", "teacher.task_weight", float, "Weight of the loss on labels."),
@@ -118,7 +119,7 @@ def with_flags(command: Callable[..., None], leave_out: Collection[str] = ()) ->
 
 _PANELS = {
     "model": "Model", "quant": "Quantization", "data": "Data", "optimizer": "Optimizers", "schedule": "Schedule",
-    "teacher": "Distillation", "ema": "Engine", "engine": "Engine",
+    "teacher": "Distillation", "scheme": "Distillation", "ema": "Engine", "engine": "Engine",
 }  # fmt: skip
 
 

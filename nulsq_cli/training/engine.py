@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from nulsq_cli.layers import quantizers
 from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, watch
 from nulsq_cli.training.optim import Pair
+from nulsq_cli.training.order import reseed
 from nulsq_cli.training.state import State, split_anew
 from nulsq_cli.training.watcher import SIGNALS, Signals, Watcher
 from nulsq_cli.training.world import World
@@ -139,7 +138,8 @@ class Trainer(State):
         shown, seen = time.monotonic(), 0
         group, losses = 0, 0.0
         for images, target in islice(self.loader(p.epoch, p.batch), self.batches - p.batch):
-            self._seed(p.epoch, p.batch)
+            reseed(s.seed, p.epoch, p.batch, self.world.rank)  # dropout, mixup ...: nothing to save, nothing to restore
+            torch.manual_seed(torch.initial_seed())  # the accelerator's generator, too
             left = self.batches - p.batch
             size = group or min(s.grad_accum_steps, left)
             group = size if group == 0 else group
@@ -215,7 +215,7 @@ class Trainer(State):
         row = {
             "epoch": p.epoch, "train_loss": p.loss_sum / self.batches, "eval_loss": score.loss, "eval_top1": score.top1,
             "eval_top5": score.top5, "lr_weights": rates[0], "lr_steps": rates[1],
-            "seconds": round(time.monotonic() - started, 2), "note": self._note(p.epoch),
+            "seconds": round(time.monotonic() - started, 2), "note": p.note,
         }  # fmt: skip
         p.rows.append(row)
         # On a small split many epochs are equally right; the loss tells them apart.
@@ -281,11 +281,6 @@ class Trainer(State):
         self.world.wait()
         self.save("recovery")  # so that a resumed run knows, too
 
-    def _note(self, epoch: int) -> str | None:
-        """What a reader of the metrics has to know about this epoch."""
-        went_back = self.progress.notes.get("went_back", {})
-        return went_back["note"] if went_back.get("epoch") == epoch else None
-
     def _stop_or_save(self) -> None:
         s, p = self.settings, self.progress
         stopped = self.stopped_by is not None
@@ -300,10 +295,3 @@ class Trainer(State):
             self.world.wait()
             raise Interrupted(self.stopped_by, "interrupted; a recovery checkpoint was written",
                               fix="go on with the same command and --resume auto")  # fmt: skip
-
-    def _seed(self, epoch: int, batch: int) -> None:
-        """Dropout, mixup and the like are a function of seed, position and process: nothing to save, nothing to restore."""
-        seed = int(np.random.SeedSequence((self.settings.seed, epoch, batch, self.world.rank)).generate_state(1)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)

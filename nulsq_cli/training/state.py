@@ -29,6 +29,12 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def note(self) -> str | None:
+        """What a reader of the metrics has to know about this epoch."""
+        went_back = self.notes.get("went_back", {})
+        return went_back["note"] if went_back.get("epoch") == self.epoch else None
+
 
 def split_anew(progress: Progress, before: int, now: int, batches: int, accumulated: int, first: int = 0) -> None:
     """Put a position into batches of another size: the same number of samples, up to the next whole update.
@@ -48,7 +54,7 @@ def split_anew(progress: Progress, before: int, now: int, batches: int, accumula
 
 
 class State:
-    """Model, average, optimizers, scaler and progress. Random draws are no state: see `Trainer._seed`.
+    """Model, average, optimizers, scaler and progress. Random draws are no state: the loop seeds every batch.
 
     Args:
         model: the bare model.

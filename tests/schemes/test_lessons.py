@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nulsq_cli.jobs.stretches import hold_still
 from nulsq_cli.layers import QuantLinear
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.schemes import instability, mutual
-from nulsq_cli.values import QuantSpec
+from nulsq_cli.values import Bits, Phase, QuantSpec
 
 
 def networks():
@@ -70,3 +71,16 @@ def test_only_training_forwards_that_change_codes_are_measured():
     assert fresh.scores() == watch.scores()
     watch.close()
     assert instability.most_unstable({"a": 0.1, "b": 0.3, "c": 0.3}, 2 / 3) == ["b", "c"]
+
+
+def test_what_a_phase_does_not_train_stands_still_and_steps_never_do():
+    model = nn.Sequential(QuantLinear(nn.Linear(6, 3), make_quantizer("nulsq-wa", QuantSpec(2, True, "weight", "channel", 3)), None),
+                          nn.BatchNorm1d(3), nn.Linear(3, 2))  # fmt: skip
+    names = {p: name for name, p in model.named_parameters()}
+    stopped = hold_still(model, Phase("norms", 1, Bits(2, 2), only_norms=True), {})
+    assert [names[p] for p in stopped] == ["0.weight", "2.weight"]
+    assert model[0].weight_quantizer.gaps.requires_grad and model[0].bias.requires_grad and model[1].weight.requires_grad
+    for p in stopped:
+        p.requires_grad_(True)
+    frozen = hold_still(model, Phase("frozen", 1, Bits(2, 2), frozen_share=0.5), {"0": 0.4, "2": 0.1})
+    assert [names[p] for p in frozen] == ["0.weight"]
