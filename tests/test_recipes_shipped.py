@@ -96,7 +96,8 @@ def test_published_figures_are_the_poster_s(shared: Path):
             for scheme, quantizer in SCHEMES.items():
                 if (figure := row.get(scheme)) is not None:
                     wanted[f"imagenet_mobilenetv2_{scheme}", "4/4", quantizer, None, scheme] = tuple(figure)
-    found = {(n, str(p.bits), p.method, p.stabilizer, p.scheme): (p.top1, p.top5) for n in NAMES for p in recipe.load(n).published}
+    rows = [(name, row) for name in NAMES for row in recipe.load(name).published]
+    found = {(name, str(p.bits), p.method, p.stabilizer, p.scheme): (p.top1, p.top5) for name, p in rows}
     assert found == wanted
     assert sum(len(recipe.load(name).published) for name in NAMES) == len(found)
 

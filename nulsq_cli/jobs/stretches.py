@@ -199,4 +199,3 @@ def trainer(r: recipe.Recipe, stretch: Stretch, model: nn.Module, teacher: nn.Mo
     lessons = Lessons(r, stretch, model, teacher, criterion, world, config["mean"], config["std"])
     return Trainer(lessons, model, pair, world, settings, folder / "checkpoints", batches_of, batches, choose,
                    Logs(folder, show, world.primary), mixup, steady, also)  # fmt: skip
-

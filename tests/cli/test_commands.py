@@ -193,7 +193,7 @@ def test_a_timm_model_on_a_folder_of_images(tmp_path):
 def test_the_small_commands(run, tmp_path):
     folder, _, _ = run
     assert "quickstart" in nulsq("ls", "recipes").stdout
-    promised = set("nulsq-a nulsq-w nulsq-wa lsq pact dorefa apot lq-nets lcq uniq llsq ewgs".split())
+    promised = {"nulsq-a", "nulsq-w", "nulsq-wa", "lsq", "pact", "dorefa", "apot", "lq-nets", "lcq", "uniq", "llsq", "ewgs"}
     assert promised <= {m["method"] for m in json.loads(nulsq("ls", "methods", "--json").stdout)}
     assert "resnet20_cifar" in nulsq("ls", "models", "cifar").stdout
     assert "2/2" in nulsq("ls", "runs", folder.parent).stdout

@@ -74,8 +74,8 @@ def test_only_training_forwards_that_change_codes_are_measured():
 
 
 def test_what_a_phase_does_not_train_stands_still_and_steps_never_do():
-    model = nn.Sequential(QuantLinear(nn.Linear(6, 3), make_quantizer("nulsq-wa", QuantSpec(2, True, "weight", "channel", 3)), None),
-                          nn.BatchNorm1d(3), nn.Linear(3, 2))  # fmt: skip
+    quantizer = make_quantizer("nulsq-wa", QuantSpec(2, True, "weight", "channel", 3))
+    model = nn.Sequential(QuantLinear(nn.Linear(6, 3), quantizer, None), nn.BatchNorm1d(3), nn.Linear(3, 2))
     names = {p: name for name, p in model.named_parameters()}
     stopped = hold_still(model, Phase("norms", 1, Bits(2, 2), only_norms=True), {})
     assert [names[p] for p in stopped] == ["0.weight", "2.weight"]
