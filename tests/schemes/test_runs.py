@@ -16,13 +16,12 @@ from tests.stabilizers.test_runs import ENVIRONMENT
 SMALL = ["schedule.epochs=1", "quant.calibration.samples=64", "bn.reestimate_samples=64", "data.batch_size=256",
          "checkpoint.recovery_steps=2"]  # fmt: skip
 CASES = {
-    "kd": ["--kd-model-name", "self"],
     "qkd": ["--kd-model-name", "self", "scheme.name=qkd", "schedule.epochs=3", "scheme.options.self_study=0.34",
             "scheme.options.co_study=0.34"],
     "profit": ["--method", "duq", "--bits", "4/4", "--kd-model-name", "self", "scheme.name=profit", "--model-ema",
                "scheme.options={ladder: [5], float_epochs: 0, parts: 2}"],
 }  # fmt: skip
-EPOCHS = {"kd": 1, "qkd": 3, "profit": 6}
+EPOCHS = {"qkd": 3, "profit": 6}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,7 +45,7 @@ def test_a_scheme_runs_is_killed_goes_on_and_ends_the_same(name, tmp_path):
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     limit = time.monotonic() + 200
     log = cut / "metrics.jsonl"
-    rows_before = {"kd": 0, "qkd": 1, "profit": 3}[name]  # co-study, and sampling
+    rows_before = {"qkd": 1, "profit": 3}[name]  # co-study, and sampling
     while process.poll() is None and time.monotonic() < limit:
         rows = log.read_text().splitlines() if log.exists() else []
         if len(rows) >= rows_before and (cut / "checkpoints/recovery.safetensors").exists():

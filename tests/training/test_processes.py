@@ -261,6 +261,7 @@ sys.exit(int(what))
 )  # fmt: skip
 def test_the_launcher_ends_as_its_processes_do(tmp_path, monkeypatch, capfd, ways, code, words):
     (tmp_path / "nulsq_cli").mkdir()
+    (tmp_path / "nulsq_cli/__init__.py").touch()  # without it an installed nulsq would be found first
     (tmp_path / "nulsq_cli/__main__.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "PATIENCE", 1.0)
