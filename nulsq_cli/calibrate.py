@@ -6,10 +6,11 @@ sum is kept per chunk and added in the order of the chunks. So one process and m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nulsq_cli.convert import Plan
 from nulsq_cli.errors import InputError
@@ -66,9 +67,8 @@ def measure_inputs(
         InputError: an input is not finite; the first such layer is named.
     """
     names = list(names)
-    device = next(model.parameters()).device
     moments = {name: _Moments(count) for name in names}
-    _pass(model, names, chunks, lambda name, chunk, x: moments[name].add(chunk, x), device)
+    _pass(model, names, chunks, lambda name, chunk, x: moments[name].add(chunk, x))
     for name, m in moments.items():
         m.sums = reduce(m.sums, "sum")
         m.ends = torch.stack((reduce(m.ends[:1], "min")[0], reduce(m.ends[1:], "max")[0]))
@@ -83,13 +83,11 @@ def measure_inputs(
         place = ((x.double() - low) * (BINS / max(high - low, 1e-30))).long().clamp_(0, BINS - 1)
         counts[name] += torch.bincount(place.flatten(), minlength=BINS).cpu()
 
-    _pass(model, names, chunks, count_bins, device)
+    _pass(model, names, chunks, count_bins)
     return {name: _stats(moments[name], reduce(counts[name], "sum")) for name in names}
 
 
-def _pass(
-    model: nn.Module, names: list[str], chunks: Chunks, see: Callable[[str, int, Tensor], None], device: torch.device
-) -> None:
+def _pass(model: nn.Module, names: list[str], chunks: Chunks, see: Callable[[str, int, Tensor], None]) -> None:
     modules = dict(model.named_modules())
     now = 0
 
@@ -97,13 +95,21 @@ def _pass(
         return lambda module, args: see(name, now, args[0])
 
     hooks = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    for now in _drive(model, chunks, hooks):  # noqa: B007 the hooks read it
+        pass
+
+
+def _drive(model: nn.Module, chunks: Chunks, hooks: Iterable[RemovableHandle]) -> Iterator[int]:
+    """Run a model over all chunks in evaluation mode, each number yielded before its chunk; the hooks are removed at the end."""
+    device = next(model.parameters()).device
     try:
         with evaluating(model):
-            for now, images in chunks():  # noqa: B007 the hooks read it
+            for chunk, images in chunks():
+                yield chunk
                 model(images.to(device))
     finally:
-        for h in hooks:
-            h.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _stats(moments: _Moments, mass: Tensor) -> TensorStats:
@@ -179,18 +185,12 @@ def match_output_scales(model: nn.Module, chunks: Chunks, count: int, reduce: Re
         return see
 
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model):
-            for now, images in chunks():  # noqa: B007 the hooks read it
-                model(images.to(device))
-    finally:
-        for h in hooks:
-            h.remove()
+    for now in _drive(model, chunks, hooks):  # noqa: B007 the hooks read it
+        pass
     for name, layer in layers.items():
         exact, quantized = reduce(sums[name], "sum").sum(0)
         if exact > 0 and quantized > 0:
-            layer.weight_quantizer.output_scale.mul_((exact / quantized).to(device))
+            layer.weight_quantizer.output_scale.mul_((exact / quantized).to(layer.weight.device))
     return len(layers)
 
 
