@@ -16,10 +16,9 @@ from nulsq_cli.convert import Plan
 from nulsq_cli.errors import InputError
 from nulsq_cli.initializers import measure
 from nulsq_cli.layers import QuantLayer, evaluating, quant_layers, without
+from nulsq_cli.measuring import Measured, block_sum, in_memory_order, reach
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import TensorStats
-
-BINS = 4096
 
 Chunks = Callable[[], Iterable[tuple[int, Tensor]]]
 """Starts a pass over the calibration images of this process: (chunk number, normalised images)."""
@@ -33,28 +32,11 @@ def alone(values: Tensor, how: str) -> Tensor:
     return values
 
 
-class _Moments:
-    """Sums of one layer input, a row per chunk."""
-
-    def __init__(self, chunks: int) -> None:
-        self.sums = torch.zeros(chunks, 4, dtype=torch.float64)  # count, sum, sum of |x|, sum of squares
-        self.ends = torch.tensor([float("inf"), float("-inf")], dtype=torch.float64)
-
-    def add(self, chunk: int, x: Tensor) -> None:
-        x = x.double()
-        parts = [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.abs().sum(), x.square().sum()]
-        self.sums[chunk] += torch.stack([p.cpu() for p in parts])
-        low, high = torch.aminmax(x)
-        self.ends = torch.stack((torch.minimum(self.ends[0], low.cpu()), torch.maximum(self.ends[1], high.cpu())))
-
-
 @torch.no_grad()
 def measure_inputs(
     model: nn.Module, names: Iterable[str], chunks: Chunks, count: int, reduce: Reduce = alone
 ) -> dict[str, TensorStats]:
-    """Statistics of the inputs of some layers of a float model, in evaluation mode.
-
-    Two passes: the first finds the range and the exact moments, the second counts into bins.
+    """Statistics of the inputs of some layers of a float model, in evaluation mode and in one pass.
 
     Args:
         model: the float model.
@@ -66,37 +48,40 @@ def measure_inputs(
     Raises:
         InputError: an input is not finite; the first such layer is named.
     """
-    names = list(names)
-    moments = {name: _Moments(count) for name in names}
-    _pass(model, names, chunks, lambda name, chunk, x: moments[name].add(chunk, x))
-    for name, m in moments.items():
-        m.sums = reduce(m.sums, "sum")
-        m.ends = torch.stack((reduce(m.ends[:1], "min")[0], reduce(m.ends[1:], "max")[0]))
-        if not torch.isfinite(m.sums).all() or not torch.isfinite(m.ends).all():
-            raise InputError("its input is not finite on the calibration images", where=name,
-                             fix="check the checkpoint and the data's mean and std")  # fmt: skip
-
-    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in names}
-
-    def count_bins(name: str, chunk: int, x: Tensor) -> None:
-        low, high = moments[name].ends.tolist()
-        place = ((x.double() - low) * (BINS / max(high - low, 1e-30))).long().clamp_(0, BINS - 1)
-        counts[name] += torch.bincount(place.flatten(), minlength=BINS).cpu()
-
-    _pass(model, names, chunks, count_bins)
-    return {name: _stats(moments[name], reduce(counts[name], "sum")) for name in names}
-
-
-def _pass(model: nn.Module, names: list[str], chunks: Chunks, see: Callable[[str, int, Tensor], None]) -> None:
+    inputs = {name: Measured(count) for name in names}
     modules = dict(model.named_modules())
     now = 0
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: see(name, now, args[0])
+        return lambda module, args: inputs[name].add(now, args[0])
 
-    hooks = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    hooks = [modules[name].register_forward_pre_hook(hook(name)) for name in inputs]
     for now in _drive(model, chunks, hooks):  # noqa: B007 the hooks read it
         pass
+    together(inputs, reduce)
+    return {name: measured.stats() for name, measured in inputs.items()}
+
+
+def together(inputs: dict[str, Measured], reduce: Reduce) -> None:
+    """Add up over processes what each has measured.
+
+    Raises:
+        InputError: an input is not finite; the first such layer is named.
+    """
+    if not inputs:
+        return
+    sums = reduce(torch.stack([m.sums for m in inputs.values()]), "sum")
+    low = reduce(torch.stack([m.ends[0] for m in inputs.values()]), "min")
+    high = reduce(torch.stack([m.ends[1] for m in inputs.values()]), "max")
+    for (name, measured), *found in zip(inputs.items(), sums, low, high, strict=True):
+        if not all(torch.isfinite(value).all() for value in found):
+            raise InputError("its input is not finite on the calibration images", where=name,
+                             fix="check the checkpoint and the data's mean and std")  # fmt: skip
+        measured.sums, measured.ends = found[0], torch.stack(found[1:])
+        measured.widen(reach(*measured.ends.tolist()))
+    counts = reduce(torch.stack([m.counts for m in inputs.values()]), "sum")
+    for measured, own in zip(inputs.values(), counts, strict=True):
+        measured.counts = own
 
 
 def _drive(model: nn.Module, chunks: Chunks, hooks: Iterable[RemovableHandle]) -> Iterator[int]:
@@ -110,21 +95,6 @@ def _drive(model: nn.Module, chunks: Chunks, hooks: Iterable[RemovableHandle]) -
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _stats(moments: _Moments, mass: Tensor) -> TensorStats:
-    count, total, total_abs, squares = moments.sums.sum(0)
-    low, high = moments.ends
-    mean = total / count
-    variance = (squares - count * mean**2).clamp_min(0) / (count - 1).clamp_min(1)
-    middles = low + (high - low) * (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
-    if low == 0:
-        # After ReLU most entries are exactly 0; the middle of their bin would pull levels upwards.
-        middles[0] = 0
-    return TensorStats(
-        count=int(count), mean=mean[None], mean_abs=(total_abs / count)[None], mean_square=(squares / count)[None],
-        std=variance.sqrt()[None], least=low[None], largest=high[None], points=middles[None], mass=mass[None],
-    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -176,10 +146,11 @@ def match_output_scales(model: nn.Module, chunks: Chunks, count: int, reduce: Re
             with without(layer, "bias"):
                 quantized = layer.forward(*args)
             with without(layer, "weight_quantizer", "input_quantizer"):
-                exact = layer.forward(*args)
-                with without(layer, "bias"):
-                    unbiased = layer.forward(*args)
-            sums[name][now] += torch.stack([y.double().abs().sum().cpu() for y in (unbiased, quantized)])
+                exact = unbiased = layer.forward(*args)
+                if layer.bias is not None:
+                    with without(layer, "bias"):
+                        unbiased = layer.forward(*args)
+            sums[name][now] += torch.stack([block_sum(in_memory_order(y.float().abs())) for y in (unbiased, quantized)])
             return exact
 
         return see
