@@ -26,6 +26,7 @@ from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fused
 from nulsq_cli.training import checkpoint, datasets
 from nulsq_cli.training.engine import Trainer
+from nulsq_cli.training.threads import settle_threads, threads_kept
 from nulsq_cli.training.world import World, join
 from nulsq_cli.values import Score
 
@@ -33,6 +34,7 @@ WORTH_COMPILING = 3e7
 """Pixels that a run has to see before compiling the quantizers (about 30 s, once) pays."""
 
 
+@threads_kept()
 def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, export_after: bool, dry_run: bool,
              min_top1: float | None, show: Any) -> dict[str, Any]:  # fmt: skip
     """Fine-tune as the recipe says, and leave a run folder with a packed, verified file.
@@ -58,7 +60,8 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         teacher = _teacher(r, model, config)
     datasets.check_enough_outputs(splits.train, model.num_classes)
     model.to(world.device, memory_format=session.memory_format(r))
-    plan = make_plan(model, session.policy(r), config["input_size"])
+    plan = make_plan(model, session.policy(r), config["input_size"])  # it checks that the model takes images of this size
+    settle_threads(model, config["input_size"], r.data.batch_size)
     is_float = all(not p.quantized for p in plan.layers)
     if dry_run:
         show.plan(plan.to_json())

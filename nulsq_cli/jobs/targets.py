@@ -15,10 +15,12 @@ from nulsq_cli.files import read_json, write_json
 from nulsq_cli.models import create_float_model, list_models
 from nulsq_cli.report import entropy as entropy_report
 from nulsq_cli.training import datasets, transforms
+from nulsq_cli.training.threads import settle_threads, threads_kept
 from nulsq_cli.training.world import World, join
 from nulsq_cli.version import __version__
 
 
+@threads_kept()
 def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, show: Any) -> dict[str, Any]:
     """Accuracy of a run, a packed file, or (with `r` alone) a float model.
 
@@ -40,6 +42,7 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, sho
     config = session.data_config(used, model) if config is None else {**config, **{k: v for k, v in given.items() if k in config}}
     split = session.open_split(used, used.data.val_split, config["input_size"][0])
     datasets.check_enough_outputs(split, model.num_classes)
+    settle_threads(model, config["input_size"], used.data.batch_size)
     _, transform = transforms.build_transforms(config)
     score = session.score(model, split, transform, world, used)
     show.score(target, score.top1, score.top5, score.samples)
