@@ -15,6 +15,7 @@ model.train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(3):
     loss = torch.nn.functional.cross_entropy(model(images), labels)
+    loss = loss + sum(p for q in quantizers(model).values() if (p := q.penalty()) is not None)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -18,8 +18,9 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
              init: str = "lloyd", reestimate_batchnorm: bool = True, **policy: Any) -> nn.Module:  # fmt: skip
     """Put quantizers into a float model, in place, and start them from its weights and some images.
 
-    Afterwards train it with any loop: steps are ordinary parameters. Call `after_step()` of every
-    `nulsq_cli.layers.quantizers(model)` after each update; it keeps the steps positive.
+    Afterwards train it with any loop: steps are ordinary parameters. Of every
+    `nulsq_cli.layers.quantizers(model)`, add `penalty()` to the loss where it is not None (`pact` and `llsq`
+    have one), and call `after_step()` after each update; it keeps the steps positive.
 
     Args:
         model: any model of `nn.Conv2d` and `nn.Linear` layers.

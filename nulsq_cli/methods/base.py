@@ -24,6 +24,9 @@ class Quantizer(nn.Module):
         spec: what this quantizer has to be.
     """
 
+    watched = False
+    """Whether the rounded tensor is to be kept, with its graph, in `rounded`."""
+
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -85,6 +88,13 @@ class Quantizer(nn.Module):
 
     def after_step(self) -> None:
         """Called after every optimizer update, for what no gradient can express."""
+
+    def curvature_batches(self, epoch: int) -> int:
+        """On how many batches the curvature of the loss is to be measured at the start of an epoch; mostly 0."""
+        return 0
+
+    def follow_curvature(self, ratio: float) -> None:
+        """Take what was measured at `rounded`: the mean curvature over the standard deviation of the gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x: in float32 also under autocast, returned in x's own dtype."""

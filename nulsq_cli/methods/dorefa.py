@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.methods.base import SMALLEST_STEP, Quantizer
-from nulsq_cli.ops.estimators import round_unit, to_unit
+from nulsq_cli.ops.estimators import from_unit, round_unit, to_unit
 from nulsq_cli.values import Codebook, TensorStats
 
 
@@ -26,10 +26,7 @@ class DoReFa(Quantizer):
 
     def levels(self) -> Tensor:
         """(K,): even, from -1 if signed, else from 0, to 1."""
-        return self._level(torch.arange(self.spec.levels) / self.spec.gaps)
-
-    def _level(self, place: Tensor) -> Tensor:
-        return 2 * place - 1 if self.spec.signed else place
+        return from_unit(torch.arange(self.spec.levels) / self.spec.gaps, self.spec.signed)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Straight through the rounding; the largest tanh of a weight counts as a constant."""
@@ -38,7 +35,7 @@ class DoReFa(Quantizer):
         else:
             low, high = x.new_tensor([-1.0 if self.spec.signed else 0.0]), x.new_ones(1)
             place = to_unit(x, low, high)
-        return self._level(round_unit(place, self.spec.gaps))
+        return from_unit(round_unit(place, self.spec.gaps), self.spec.signed)
 
     @torch.no_grad()
     def codebook(self, x: Tensor) -> Codebook:

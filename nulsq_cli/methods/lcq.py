@@ -30,11 +30,18 @@ class LCQ(Quantizer):
         spec: what this quantizer has to be.
         grad_scale: `lsq` multiplies the gradients of clip and curve by sqrt(S / N), S the levels above
             zero; `none` by 1.
+        level_bits: rounds every level to an integer of this many bits times the clip over the largest such
+            integer, so that a small table of integers holds them; gradients are those of the level before.
+            None leaves levels as the curve has them, as the nuLSQ authors' port does; the paper re-quantizes
+            them, to a width that we do not know.
     """
 
-    def __init__(self, spec: QuantSpec, *, grad_scale: str = "none") -> None:
+    def __init__(self, spec: QuantSpec, *, grad_scale: str = "none", level_bits: int | None = None) -> None:
+        if level_bits is not None and not spec.bits <= level_bits <= 16:
+            raise ValueError(f"level_bits must be from {spec.bits}, the width of the codes, to 16, got {level_bits}")
         super().__init__(spec)
         self.grad_scale = grad_scale
+        self.fine = None if level_bits is None else 2 ** (level_bits - spec.signed) - 1
         self.normalised = spec.role == "weight"
         self.clip = nn.Parameter(torch.ones(spec.channels))
         theta = torch.zeros(spec.channels, KNOTS)
@@ -63,8 +70,11 @@ class LCQ(Quantizer):
         """(K-1,) or (C, K-1): no midpoints where the curve bends between two levels."""
         return self._tables()[1]
 
+    def _form(self) -> tuple[int, bool, int | None]:
+        return self.spec.positive, self.spec.signed, self.fine
+
     def _tables(self) -> tuple[Tensor, Tensor]:
-        levels, thresholds = companding.tables(self.clip, *companding.curve(self.theta), self.spec.positive, self.spec.signed)
+        levels, thresholds = companding.tables(self.clip, *companding.curve(self.theta), *self._form())
         return (levels, thresholds) if self.spec.granularity == "channel" else (levels[0], thresholds[0])
 
     @torch.no_grad()
@@ -81,10 +91,10 @@ class LCQ(Quantizer):
         factor = clip_factor(x, self.spec, self.grad_scale)
         clip, slopes, heights = (scale_gradient(p, factor) for p in (self.clip, *companding.curve(self.theta)))
         if not self.normalised:
-            return companding.compand(x, clip, slopes, heights, self.spec.positive, self.spec.signed)
+            return companding.compand(x, clip, slopes, heights, *self._form())
         mean, std = normalize.moments(x, self.spec.channels)
         normal = normalize.standardize(x, mean, std)
-        y = companding.compand(normal, clip, slopes, heights, self.spec.positive, self.spec.signed)
+        y = companding.compand(normal, clip, slopes, heights, *self._form())
         return (y.view(self.spec.channels, -1) * std).view(x.shape)
 
     def after_step(self) -> None:

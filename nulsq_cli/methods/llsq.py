@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nulsq_cli.initializers import SMALLEST
 from nulsq_cli.methods.lsq import LSQ
-from nulsq_cli.ops.estimators import prescribe_gradient, straight_through
+from nulsq_cli.ops.estimators import straight_through
 from nulsq_cli.ops.grid import quantize_to_grid
 from nulsq_cli.values import QuantSpec, TensorStats
 
@@ -15,16 +15,21 @@ from nulsq_cli.values import QuantSpec, TensorStats
 class LLSQ(LSQ):
     """LSQ's levels, but the task's loss does not move the step a: its gradient is -a**2, 0 or a**2.
 
-    It is taken anew in every training step, toward whichever of a/2, a and 2a quantizes the tensor at
-    hand with the least squared error. Because no factor on the loss reaches it, it does not shrink
-    when gradients are accumulated over several batches.
+    It is taken anew for every training batch, toward whichever of a/2, a and 2a quantizes the tensor at
+    hand with the least error. It comes as a `penalty`, whose value is 0, so that batches gathered for one
+    update and processes are averaged, and what scales the loss scales it, too.
 
     Args:
         spec: what this quantizer has to be.
+        error: `l2` compares mean squared errors, `l1` mean absolute ones.
     """
 
-    def __init__(self, spec: QuantSpec) -> None:
+    def __init__(self, spec: QuantSpec, *, error: str = "l2") -> None:
+        if error not in ("l1", "l2"):
+            raise ValueError(f"error is l1 or l2, got {error!r}")
         super().__init__(spec)
+        self.error = error
+        self.simulated: Tensor | None = None
 
     @torch.no_grad()
     def initialize(self, stats: TensorStats, rule: str) -> None:
@@ -43,9 +48,13 @@ class LLSQ(LSQ):
         y = self._rounded(x, 1)
         if self.spec.role == "weight":
             y = straight_through(y, x)
-        if torch.is_grad_enabled() and self.step.requires_grad:
-            y = prescribe_gradient(y, self.step, self.simulated_gradient(x))
+        wanted = torch.is_grad_enabled() and self.step.requires_grad
+        self.simulated = self.simulated_gradient(x) if wanted else None
         return y
+
+    def penalty(self) -> Tensor | None:
+        """0, with the simulated gradient of the last training batch to the step, ()."""
+        return None if self.simulated is None else ((self.step - self.step.detach()) * self.simulated).sum()
 
     @torch.no_grad()
     def simulated_gradient(self, x: Tensor) -> Tensor:
@@ -62,5 +71,6 @@ class LLSQ(LSQ):
         return quantize_to_grid(x, self.step_for(x).detach() * factor, -self.spec.negative, self.spec.positive)
 
     def _error(self, x: Tensor, factor: float) -> Tensor:
-        errors = (self._rounded(x, factor) - x).square()
+        apart = self._rounded(x, factor) - x
+        errors = apart.square() if self.error == "l2" else apart.abs()
         return errors.view(self.spec.channels, -1).mean(1, dtype=torch.float64)

@@ -42,15 +42,17 @@ NOTES: dict[str, Note] = {
                    "dw = g·(1 − tanh²(w))/max|tanh(w)|, the maximum a constant; dx = g inside [0, 1]",
                    "float64 derivation; an example by hand"),
     "ewgs": Note("v = clip((x − l)/(u − l), 0, 1); y = round(v·N)/N for inputs, |o|·(2·round(v·N)/N − 1) for weights",
-                 "dv = g·(1 + δ·sign(g)·(v − round(v·N)/N)); l and u get it through v, and o what multiplies it",
-                 "vectors of the discretizer computed by the authors' released code; with δ = 0 plain straight-through"),
+                 "dv = g·(1 + δ·sign(g)·(v − q)), q = round(v·N)/N; l and u get it through v, and o what multiplies it; "
+                 "δ = max(0, Tr(H)/n/(3·std(dLoss/dq))), H the Hessian of the loss in the n entries of q",
+                 "vectors of the discretizer computed by the authors' released code; with δ = 0 plain straight-through; "
+                 "δ against Hessians written out entry by entry"),
     "llsq": Note("y = a·clip(round(x/a), −n, p)",
-                 "dw = g everywhere, dx = g inside the ends; a gets −a² if 2a errs less than a, +a² if a/2 does, else 0",
-                 "float64 derivation of every case of the decision"),
+                 "dw = g everywhere, dx = g inside the ends; a gets −a² if 2a errs least, +a² if a/2 does, 0 else",
+                 "float64 derivation of every case of the decision, for squared and absolute errors"),
     "lcq": Note("y = sign(x)·a·f⁻¹(round(S·f(|x|/a))/S) below the clip a; f is piecewise linear, its slopes a softmax of θ; "
                 "weights are normalised first and multiplied by their deviation afterwards",
                 "dx = g for |x| < a; da = g·(y − x)/a inside, g·sign(x) outside; θ through slopes and offsets of both bins",
-                "vectors computed by the nuLSQ authors' port; an example by hand"),
+                "vectors computed by the nuLSQ authors' port; an example by hand; `level_bits`, which it has not, by definition"),
     "apot": Note("y = a·sign(x)·nearest(G, min(|x|/a, 1)), G the sums of powers of two; weights are normalised first and stay so",
                  "da = g·(y − x)/a inside, g·sign(x) outside; dx as `weight_gradient` says for weights, clipped for inputs",
                  "vectors computed by the authors' released code; an example by hand"),

@@ -52,9 +52,14 @@ def unit_tables(slopes: Tensor, heights: Tensor, gaps: int) -> tuple[Tensor, Ten
     return levels, expand((codes[1:] + codes[:-1]) / 2, slopes, heights)
 
 
-def tables(clip: Tensor, slopes: Tensor, heights: Tensor, gaps: int, signed: bool) -> tuple[Tensor, Tensor]:
+def tables(
+    clip: Tensor, slopes: Tensor, heights: Tensor, gaps: int, signed: bool, fine: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Levels (C, K) and thresholds (C, K-1) of `compand`, ascending; K is gaps + 1, or 2 * gaps + 1 when signed."""
-    levels, thresholds = (clip[:, None] * t for t in unit_tables(slopes, heights, gaps))
+    levels, thresholds = unit_tables(slopes, heights, gaps)
+    if fine is not None:
+        levels = (levels * fine).round() / fine
+    levels, thresholds = clip[:, None] * levels, clip[:, None] * thresholds
     if not signed:
         return levels, thresholds
     return torch.cat((-levels[:, 1:].flip(1), levels), 1), torch.cat((-thresholds.flip(1), thresholds), 1)
@@ -70,10 +75,11 @@ class _Compand(torch.autograd.Function):
         heights: Tensor,
         gaps: int,
         signed: bool,
+        fine: int | None,
     ) -> Tensor:
         ctx.save_for_backward(x, clip, slopes, heights)
         ctx.shape = gaps, signed  # type: ignore[attr-defined]
-        levels, thresholds = tables(clip, slopes, heights, gaps, signed)
+        levels, thresholds = tables(clip, slopes, heights, gaps, signed, fine)
         if len(levels) == 1:
             levels, thresholds = levels[0], thresholds[0]
         return lookup(x, levels, thresholds)
@@ -81,7 +87,7 @@ class _Compand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, clip, slopes, heights = ctx.saved_tensors  # type: ignore[attr-defined]
-        return *backward_eager(grad, x, clip, slopes, heights, *ctx.shape), None, None  # type: ignore[attr-defined]
+        return *backward_eager(grad, x, clip, slopes, heights, *ctx.shape), None, None, None  # type: ignore[attr-defined]
 
 
 def backward_eager(
@@ -116,7 +122,9 @@ def backward_eager(
     return to_x, to_clip.to(x.dtype), to_slopes.to(x.dtype), to_heights.to(x.dtype)
 
 
-def compand(x: Tensor, clip: Tensor, slopes: Tensor, heights: Tensor, gaps: int, signed: bool) -> Tensor:
+def compand(
+    x: Tensor, clip: Tensor, slopes: Tensor, heights: Tensor, gaps: int, signed: bool, fine: int | None = None
+) -> Tensor:
     """Map x to the levels that are evenly spaced after compression by a curve.
 
     Args:
@@ -125,6 +133,7 @@ def compand(x: Tensor, clip: Tensor, slopes: Tensor, heights: Tensor, gaps: int,
         slopes, heights: (C, K), as from `curve`.
         gaps: how many gaps there are from zero to the highest level.
         signed: whether the levels are mirrored at zero; else what is negative becomes 0.
+        fine: round every level to a multiple of clip / fine, which no gradient sees; None does not.
 
     Returns:
         (...) like x: clip * expand(k / gaps) with the sign of x, where k is compress(|x| / clip) * gaps
@@ -134,4 +143,4 @@ def compand(x: Tensor, clip: Tensor, slopes: Tensor, heights: Tensor, gaps: int,
 
     Source: LCQ, arXiv:2103.07156, sections 3.1 and 3.2.
     """
-    return _Compand.apply(x, clip, slopes, heights, gaps, signed)
+    return _Compand.apply(x, clip, slopes, heights, gaps, signed, fine)

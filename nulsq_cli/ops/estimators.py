@@ -46,29 +46,6 @@ def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
     return _Borrowed.apply(value.detach(), surrogate)
 
 
-class _Prescribed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, y: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, *ctx.saved_tensors, None  # type: ignore[attr-defined]
-
-
-def prescribe_gradient(y: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
-    """`y` itself; its backward pass hands `gradient` to `parameter`, whatever the loss says.
-
-    Args:
-        y: (...), passes its own gradient on unchanged.
-        parameter, gradient: of one shape. A factor on the loss does not reach this gradient.
-
-    Source: the simulated gradient of LLSQ, ICLR 2020.
-    """
-    return _Prescribed.apply(y, parameter, gradient)
-
-
 class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -133,31 +110,35 @@ def to_unit(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 class _RoundUnit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, place: Tensor, gaps: int, delta: float) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, place: Tensor, gaps: int, delta: Tensor | None) -> Tensor:
         rounded = (place * gaps).round_() / gaps
-        ctx.delta = delta  # type: ignore[attr-defined]
-        ctx.save_for_backward(*((place - rounded,) if delta else ()))
+        ctx.save_for_backward(*(() if delta is None else (delta, place - rounded)))
         return rounded
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.delta:  # type: ignore[attr-defined]
+        if not ctx.saved_tensors:  # type: ignore[attr-defined]
             return grad, None, None
-        (error,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * (1 + ctx.delta * grad.sign() * error), None, None  # type: ignore[attr-defined]
+        delta, error = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad * (1 + delta * grad.sign() * error), None, None
 
 
-def round_unit(place: Tensor, gaps: int, delta: float = 0.0) -> Tensor:
+def round_unit(place: Tensor, gaps: int, delta: Tensor | None = None) -> Tensor:
     """Round places in [0, 1] to the nearest multiple of 1/gaps; a tie goes to the even one.
 
     Args:
         place: (...) in [0, 1].
         gaps: the number of levels less one.
-        delta: how much a gradient grows with its entry's rounding error; 0 is the plain straight-through rule.
+        delta: (), how much a gradient grows with its entry's rounding error; None is the plain straight-through rule.
 
     Returns:
         (...). Gradient: g * (1 + delta * sign(g) * (place - rounded)).
 
-    Source: EWGS, arXiv:2104.00903, eq. 4; delta 0: DoReFa-Net, arXiv:1606.06160, eq. 5.
+    Source: EWGS, arXiv:2104.00903, eq. 4; without delta: DoReFa-Net, arXiv:1606.06160, eq. 5.
     """
     return _RoundUnit.apply(place, gaps, delta)
+
+
+def from_unit(place: Tensor, signed: bool) -> Tensor:
+    """Places in [0, 1] as they are, or stretched to [-1, 1] if signed."""
+    return 2 * place - 1 if signed else place

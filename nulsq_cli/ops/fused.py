@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ def use(wanted: bool) -> bool:
         except Exception as reason:  # torch raises many types here, of which none is public
             log.warning("quantizers run uncompiled, which is slower: %s", str(reason).strip().splitlines()[0])
     return _active
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Off inside, for what the compiled loops cannot do: a derivative of a derivative."""
+    global _active
+    before, _active = _active, False
+    try:
+        yield
+    finally:
+        _active = before
 
 
 def enabled(x: Tensor) -> bool:

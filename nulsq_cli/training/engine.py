@@ -19,7 +19,7 @@ from nulsq_cli.calibrate import first_bad_layer
 from nulsq_cli.errors import DivergedError, Interrupted
 from nulsq_cli.layers import quantizers
 from nulsq_cli.stabilizers.base import Stabilizer
-from nulsq_cli.training import checkpoint, watch
+from nulsq_cli.training import checkpoint, curvature, watch
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.order import reseed
 from nulsq_cli.training.state import State, split_anew
@@ -132,6 +132,8 @@ class Trainer(State):
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        if p.batch == 0:  # what is measured is a buffer: a run that goes on in the middle of an epoch has it
+            curvature.follow(self.model, self.quantizers, lambda: self.loader(p.epoch, 0), p.epoch, s.seed, self.world)
         if self.mixup is not None and s.mixup_off_epoch and p.epoch >= s.mixup_off_epoch:
             self.mixup.mixup_enabled = False
         self.pair.update_rates(p.updates)

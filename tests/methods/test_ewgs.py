@@ -41,7 +41,7 @@ def test_the_discretizer_is_that_of_the_authors(shared, bits, delta, seed):
     with safe_open(shared / "golden" / f"ewgs_discretizer_b{bits}_d{delta}_s{seed}.safetensors", "pt") as file:
         t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
     x = t["x"].clone().requires_grad_()
-    y = round_unit(x, 2**bits - 1, delta / 10)
+    y = round_unit(x, 2**bits - 1, torch.tensor(delta / 10))
     assert torch.equal(y.detach(), t["y"])
     y.backward(t["grad_output"])
     torch.testing.assert_close(x.grad, t["grad_x"], rtol=3e-7, atol=0)
@@ -50,7 +50,7 @@ def test_the_discretizer_is_that_of_the_authors(shared, bits, delta, seed):
 @pytest.mark.parametrize(("place", "grad", "expected"), [(0.2, 1, 0.96), (0.2, -1, -1.04), (0.4, 1, 1.02), (0.6, 2, 1.96)])
 def test_worked_examples(place, grad, expected):
     x = torch.tensor([place], requires_grad=True)
-    round_unit(x, 3, 0.3).backward(torch.tensor([float(grad)]))
+    round_unit(x, 3, torch.tensor(0.3)).backward(torch.tensor([float(grad)]))
     torch.testing.assert_close(x.grad, torch.tensor([expected]))
 
 
@@ -124,8 +124,23 @@ def test_the_interval_stays_open_and_the_scale_positive(spec, ends):
 
 
 def test_what_it_cannot_do_is_said():
-    for delta in (-0.1, float("nan"), "hessian"):
+    for options in ({"delta": -0.1}, {"delta": float("nan")}, {"delta": "hesse"}, {"every": 0}, {"batches": 0}):
         with pytest.raises(UsageError, match="ewgs"):
-            make_quantizer("ewgs", SPECS[0], delta=delta)
+            make_quantizer("ewgs", SPECS[0], **options)
     assert "in float" in METHODS["ewgs"].complaint(Bits(32, 4), "tensor", None)
     assert METHODS["ewgs"].complaint(Bits(4, 32), "tensor", None) is None
+
+
+def test_delta_follows_the_curvature_as_scheduled_or_is_what_it_is_set_to():
+    measured, fixed = make_quantizer("ewgs", SPECS[0]), make_quantizer("ewgs", SPECS[0], delta=0.2)
+    often = make_quantizer("ewgs", SPECS[0], every=1, batches=10)
+    asked = [[q.curvature_batches(epoch) for epoch in (0, 1, 10, 15, 20)] for q in (measured, often, fixed)]
+    assert asked == [[0, 0, 3, 0, 3], [0, 10, 10, 10, 10], [0] * 5]
+    assert measured.delta == 0 and fixed.delta == pytest.approx(0.2)
+    measured.follow_curvature(0.6)
+    assert measured.delta == pytest.approx(0.2)
+    again = make_quantizer("ewgs", SPECS[0])
+    again.load_state_dict(measured.state_dict())  # so a continued run has it
+    assert again.delta == measured.delta
+    measured.follow_curvature(-5.0)
+    assert measured.delta == 0

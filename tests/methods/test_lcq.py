@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nulsq_cli.errors import UsageError
 from nulsq_cli.initializers import measure
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.ops import companding
@@ -52,6 +53,30 @@ def test_weights_are_normalised_with_gradients_through_mean_and_deviation(granul
     assert (mine.grad.view(rows, -1).sum(1).abs() < 1e-4).all()  # the mean takes out what all weights share
     tables = quantizer.codebook(w)
     torch.testing.assert_close(tables.levels.view(rows, -1)[:, -1:], 2 * std.detach())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_levels_of_few_bits_are_integers_of_one_scale_and_change_no_gradient(signed):
+    torch.manual_seed(0)
+    rough, exact = (make_quantizer("lcq", QuantSpec(4, signed), level_bits=n).train() for n in (6, None))
+    theta = torch.randn(1, 16)
+    for quantizer in (rough, exact):
+        quantizer.theta.data.copy_(theta)
+        quantizer.clip.data.fill_(1.3)
+    largest = 31 if signed else 63
+    integers = rough.levels().detach() / 1.3 * largest
+    torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-4)
+    assert (rough.levels() - exact.levels()).abs().max() <= 1.3 / largest / 2 + 1e-6
+    assert torch.equal(rough.thresholds(), exact.thresholds()) and rough.levels()[-1] == exact.levels()[-1]
+    grad, found = torch.randn(500), []
+    for quantizer in (rough, exact):
+        x = torch.linspace(-2, 2, 500, requires_grad=True)
+        y = quantizer(x)
+        found.append(torch.autograd.grad(y, (x, quantizer.clip, quantizer.theta), grad))
+        assert torch.equal(y.detach(), quantizer.eval()(x.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with pytest.raises(UsageError, match="level_bits"):
+        make_quantizer("lcq", QuantSpec(4, signed), level_bits=3)
 
 
 def test_two_bit_signed_tables_have_nothing_to_learn_but_the_clip():

@@ -13,18 +13,25 @@ TENSOR = QuantSpec(3, True, "weight")
 CHANNEL = QuantSpec(3, True, "weight", "channel", 4)
 
 
-def made(spec: QuantSpec, step: float = 0.05):
-    quantizer = make_quantizer("llsq", spec).train()
+def made(spec: QuantSpec, step: float = 0.05, **options):
+    quantizer = make_quantizer("llsq", spec, **options).train()
     quantizer.step.data.fill_(step)
     return quantizer
 
 
-def errors(x: torch.Tensor, step: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Mean squared errors of (a/2, a, 2a) by the definition, float64; (3, C)."""
+def pulled(quantizer, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of the step after one batch."""
+    quantizer(x)
+    quantizer.penalty().backward()
+    return quantizer.step.grad
+
+
+def errors(x: torch.Tensor, step: torch.Tensor, spec: QuantSpec, power: int = 2) -> torch.Tensor:
+    """Mean errors of (a/2, a, 2a) by the definition, float64; (3, C)."""
     rows, found = x.double().reshape(spec.channels, -1), []
     for factor in (0.5, 1, 2):
         a = step.detach().double()[:, None] * factor
-        found.append(((rows / a).round().clamp(-spec.negative, spec.positive) * a - rows).square().mean(1))
+        found.append(((rows / a).round().clamp(-spec.negative, spec.positive) * a - rows).abs().pow(power).mean(1))
     return torch.stack(found)
 
 
@@ -37,17 +44,17 @@ def published(e: torch.Tensor) -> torch.Tensor:
     return smaller.double() - larger.double()
 
 
+@pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("spec", [TENSOR, CHANNEL, QuantSpec(3, False), QuantSpec(3, True)])
-def test_the_step_goes_where_the_authors_rule_sends_it(spec):
+def test_the_step_goes_where_the_authors_rule_sends_it(spec, power):
     torch.manual_seed(0)
     x = torch.randn(4, 50) * torch.tensor([[0.02], [0.3], [1.0], [8.0]])
     x = x if spec.signed else x.relu()
     seen = set()
     for step in (0.01, 0.05, 0.2, 0.4, 0.8, 1.5, 4.0, 30.0):
-        quantizer = made(spec, step)
-        quantizer(x).sum().backward()
-        direction = published(errors(x, quantizer.step, spec))
-        torch.testing.assert_close(quantizer.step.grad, (direction * step**2).float())
+        quantizer = made(spec, step, error=f"l{power}")
+        direction = published(errors(x, quantizer.step, spec, power))
+        torch.testing.assert_close(pulled(quantizer, x), (direction * step**2).float())
         seen |= set(direction.tolist())
     assert seen == {-1.0, 0.0, 1.0}
 
@@ -71,8 +78,25 @@ def test_the_task_moves_x_but_not_the_step():
         (inputs(a) * slope).sum().backward()
         assert torch.equal(w.grad, torch.full_like(x, slope))  # identity, also beyond the ends
         assert torch.equal(a.grad, slope * ((x >= 0) & (x / 0.05 <= 7)))
+        assert weights.step.grad is None and inputs.step.grad is None
+        assert weights.penalty() == inputs.penalty() == 0
+        for quantizer in (weights, inputs):
+            quantizer.penalty().backward()
         grads.append((weights.step.grad, inputs.step.grad))
     assert grads[0] == grads[1] and all(g != 0 for g in grads[0])
+
+
+def test_batches_that_share_an_update_are_averaged():
+    quantizer, batches = made(TENSOR), (torch.randn(4, 50), torch.zeros(4, 50))
+    single = []
+    for x in batches:
+        quantizer.step.grad = None
+        single.append(pulled(quantizer, x).clone())
+    quantizer.step.grad = None
+    for x in batches:
+        quantizer(x)
+        (quantizer.penalty() / 2).backward()
+    assert torch.equal(quantizer.step.grad, (single[0] + single[1]) / 2) and not torch.equal(*single)
 
 
 def test_descent_finds_a_step_that_neither_half_nor_double_betters():
@@ -82,7 +106,7 @@ def test_descent_finds_a_step_that_neither_half_nor_double_betters():
         optimizer = torch.optim.SGD(quantizer.steps(), lr=0.4 / start)
         for _ in range(3000):
             optimizer.zero_grad()
-            quantizer(x).sum().backward()
+            pulled(quantizer, x)
             optimizer.param_groups[0]["lr"] = 0.1 / float(quantizer.step.detach().max())
             optimizer.step()
             quantizer.after_step()
@@ -100,6 +124,7 @@ def test_nothing_is_simulated_without_a_backward_pass(monkeypatch):
         quantizer(torch.randn(5))
     quantizer.step.requires_grad_(False)
     quantizer(torch.randn(5, requires_grad=True)).sum().backward()
+    assert quantizer.penalty() is None
 
 
 def test_starts_of_the_authors():

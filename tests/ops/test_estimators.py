@@ -54,10 +54,3 @@ def test_straight_through_takes_the_value_here_and_the_gradient_there():
     y = estimators.straight_through(value.round(), 3 * surrogate)
     y.backward(G)
     assert torch.equal(y, X.round()) and value.grad is None and torch.equal(surrogate.grad, 3 * G)
-
-
-def test_a_prescribed_gradient_does_not_see_the_loss():
-    x, (parameter, _) = leaf(), ends(5, 6)
-    y = estimators.prescribe_gradient(x, parameter, torch.tensor([-0.25], dtype=torch.float64))
-    (7 * y * G).sum().backward()
-    assert torch.equal(y, X) and torch.equal(x.grad, 7 * G) and parameter.grad.item() == -0.25
