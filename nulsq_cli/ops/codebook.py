@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nulsq_cli.ops import fused
+from nulsq_cli.ops import fast, traced
 
 
 def midpoints(levels: Tensor) -> Tensor:
@@ -91,8 +91,10 @@ def sum_by_code(codes: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 
 def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     """Quantize without a gradient: `decode(encode(x))`, and NaN stays NaN."""
-    if levels.ndim == 1 and levels.numel() <= fused.LARGEST_TABLE and fused.enabled(x):
-        return fused.lookup(x, levels, thresholds)
+    if torch.compiler.is_compiling():
+        return traced.lookup(x, levels, thresholds)
+    if (loops := fast.loops(x, levels.shape[-1], levels.numel() // levels.shape[-1])) is not None:
+        return loops.lookup(x, levels, thresholds)
     return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
 
 
@@ -105,9 +107,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, levels = ctx.saved_tensors  # type: ignore[attr-defined]
-        if levels.ndim == 1 and levels.numel() <= fused.LARGEST_TABLE and fused.enabled(x):
-            return fused.levels_backward(grad, x, levels)
-        return backward_eager(grad, x, levels)
+        if torch.compiler.is_compiling():
+            return traced.levels_backward(grad, x, levels)
+        loops = fast.loops(x, levels.shape[-1], levels.numel() // levels.shape[-1], trained=True)
+        return (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
 
 
 def backward_eager(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

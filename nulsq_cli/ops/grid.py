@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nulsq_cli.ops import fused
+from nulsq_cli.ops import fast, traced
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -13,14 +13,19 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.ends = lowest, highest  # type: ignore[attr-defined]
-        if step.numel() == 1 and fused.enabled(x):
-            return fused.grid(x, step, lowest, highest)
+        if torch.compiler.is_compiling():
+            return traced.grid(x, step, lowest, highest)
+        if (loops := fast.loops(x, 0, step.numel())) is not None:
+            return loops.grid(x, step, lowest, highest)
         return (x / step).clamp_(lowest, highest).round_() * step
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step = ctx.saved_tensors  # type: ignore[attr-defined]
-        backward = fused.grid_backward if step.numel() == 1 and fused.enabled(x) else backward_eager
+        if torch.compiler.is_compiling():
+            return *traced.grid_backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
+        loops = fast.loops(x, 0, step.numel())
+        backward = backward_eager if loops is None else loops.grid_backward
         return *backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
 
 

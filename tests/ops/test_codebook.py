@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nulsq_cli.ops import codebook, fused
+from nulsq_cli.ops import codebook
 
 steps = st.lists(st.floats(0.25, 2, width=32), min_size=1, max_size=15).map(torch.tensor)
 values = st.lists(st.floats(-4, 40, width=32), min_size=1, max_size=64).map(torch.tensor)
@@ -80,26 +80,6 @@ def test_per_channel_tables_are_the_per_tensor_op_row_by_row():
         row = x[c].clone().requires_grad_(), levels[c].clone().requires_grad_()
         codebook.quantize_to_levels(*row).backward(grad[c])
         torch.testing.assert_close((leaves[0].grad[c], leaves[1].grad[c]), (row[0].grad, row[1].grad))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [4, 8, 16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_compiled_loops_compute_the_eager_numbers(count, layout):
-    if not fused.use(True):
-        pytest.skip("nothing to compile with on this machine")
-    try:
-        torch.manual_seed(count)
-        x = (torch.randn(8, 6, 9, 9) * 3).to(memory_format=layout)
-        grad = torch.randn_like(x)
-        levels = torch.randn(count).sort().values
-        y, (to_x, to_levels) = codebook.lookup(x, levels, codebook.midpoints(levels)), fused.levels_backward(grad, x, levels)
-    finally:
-        fused.use(False)
-    assert torch.equal(y, codebook.lookup(x, levels, codebook.midpoints(levels)))
-    truth = codebook.backward_eager(grad.double(), x.double(), levels.double())
-    assert torch.equal(to_x, truth[0].float())
-    torch.testing.assert_close(to_levels.double(), truth[1], rtol=1e-5, atol=1e-6 * x.numel())
 
 
 def test_the_middle_of_every_bin_and_outer_bins_as_wide_as_their_neighbours():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nulsq_cli.ops import codebook, fused, grid
+from nulsq_cli.ops import codebook, grid
 
 values = st.lists(st.floats(-40, 40, width=32), min_size=1, max_size=64).map(torch.tensor)
 
@@ -46,19 +46,3 @@ def test_a_step_per_channel_is_the_op_row_by_row():
         row = x[c].clone().requires_grad_(), step[c].reshape(1).clone().requires_grad_()
         grid.quantize_to_grid(*row, -2, 1).backward(grad[c])
         torch.testing.assert_close((leaves[0].grad[c], leaves[1].grad[c].reshape(1)), (row[0].grad, row[1].grad))
-
-
-@pytest.mark.slow
-def test_the_compiled_loops_compute_the_eager_numbers():
-    if not fused.use(True):
-        pytest.skip("nothing to compile with on this machine")
-    torch.manual_seed(0)
-    x, grad, step = torch.randn(8, 6, 9, 9) * 3, torch.randn(8, 6, 9, 9), torch.tensor([0.3])
-    try:
-        y, (to_x, to_step) = fused.grid(x, step, -4, 3), fused.grid_backward(grad, x, step, -4, 3)
-    finally:
-        fused.use(False)
-    assert torch.equal(y, grid.quantize_to_grid(x, step, -4, 3))
-    truth = grid.backward_eager(grad, x, step, -4, 3)
-    assert torch.equal(to_x, truth[0])
-    torch.testing.assert_close(to_step, truth[1], rtol=1e-5, atol=1e-4)

@@ -1,0 +1,143 @@
+"""The quantizer ops on a CPU as compiled loops: `loops.cpp`, built once on the user's machine and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nulsq_cli.errors import InputError
+from nulsq_cli.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("loops.cpp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+LARGEST_TABLE, LARGEST_TRAINED_TABLE = 256, 16
+WORTH_THREADS = 1 << 15
+"""Entries from which on more than one thread pays. The result does not depend on it."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops, from the cache or built now; None, said once, where that cannot be done."""
+    try:
+        built = _cached()
+        if not built.exists():
+            write_atomically(built, _build)
+        loaded = ctypes.CDLL(str(built))
+    except (OSError, InputError, subprocess.SubprocessError, RuntimeError) as reason:
+        log.warning("quantizers run uncompiled, which is slower: %s", str(reason).strip().splitlines()[0])
+        return None
+    data, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    loaded.nulsq_lookup.argtypes = [data, data, size, size, data, data, number, number]
+    loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number]
+    loaded.nulsq_grid.argtypes = [data, data, size, size, data, ctypes.c_float, ctypes.c_float, number]
+    loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, ctypes.c_float, ctypes.c_float, number]
+    for function in (loaded.nulsq_lookup, loaded.nulsq_levels_backward, loaded.nulsq_grid, loaded.nulsq_grid_backward):
+        function.restype = None
+    return loaded
+
+
+def _cached() -> Path:
+    """Where the library of this source and this kind of processor lies, or will lie."""
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + _processor().encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nulsq"
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        usable = os.access(home, os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        home = Path(tempfile.mkdtemp(prefix="nulsq-"))
+    return home / f"loops-{key}.so"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build(target: Path) -> None:
+    compiler = os.environ.get("CXX") or next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise RuntimeError("no C++ compiler (g++, c++ or clang++) was found")
+    for threads in (["-fopenmp"], []):  # some compilers come without OpenMP
+        command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode == 0:
+            return
+    raise RuntimeError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+
+
+def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None) -> Tensor:
+    """`codebook.lookup`; without thresholds, by the midpoints of the levels."""
+    x = _dense(x)
+    y = torch.empty_like(x)
+    rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
+    levels = levels.contiguous()
+    cuts = None if thresholds is None else thresholds.contiguous()
+    library().nulsq_lookup(x.data_ptr(), y.data_ptr(), rows, x.numel() // rows, levels.data_ptr(),
+                           None if cuts is None else cuts.data_ptr(), count, _threads(x))  # fmt: skip
+    return y
+
+
+def levels_backward(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """`codebook.backward_eager`, for tables of at most `LARGEST_TRAINED_TABLE` levels."""
+    x, levels = _dense(x), levels.contiguous()
+    grad = _like(grad, x)
+    to_x, to_levels = torch.empty_like(x), torch.empty_like(levels)
+    rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
+    library().nulsq_levels_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, levels.data_ptr(),
+                                    to_levels.data_ptr(), count, _threads(x))  # fmt: skip
+    return to_x, to_levels
+
+
+def grid(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+    """The forward of `grid.quantize_to_grid`."""
+    x, step = _dense(x), step.contiguous()
+    y = torch.empty_like(x)
+    rows = step.numel()
+    library().nulsq_grid(x.data_ptr(), y.data_ptr(), rows, x.numel() // rows, step.data_ptr(), lowest, highest, _threads(x))
+    return y
+
+
+def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
+    """`grid.backward_eager`."""
+    x, step = _dense(x), step.contiguous()
+    grad = _like(grad, x)
+    to_x, to_step = torch.empty_like(x), torch.empty_like(step)
+    rows = step.numel()
+    library().nulsq_grid_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, step.data_ptr(),
+                                  to_step.data_ptr(), lowest, highest, _threads(x))  # fmt: skip
+    return to_x, to_step
+
+
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < WORTH_THREADS else torch.get_num_threads()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy of it, without gaps and with its first dimension outermost: rows of a table are stretches of memory."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the memory order of x."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)

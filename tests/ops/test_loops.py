@@ -1,0 +1,172 @@
+"""Every path of the two quantizer ops computes what the eager functions compute."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nulsq_cli.ops import codebook, fast, fused, grid, native, traced
+
+PATHS = [pytest.param(native, id="native"), pytest.param(traced, id="traced")]
+LAYOUTS = ["contiguous", "channels_last", "gaps"]
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler():
+    if native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+
+
+@pytest.fixture
+def eager():
+    fast.use(False)
+    yield
+    fast.use(True)
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    return x if layout == "contiguous" else torch.stack((x, x), -1)[..., 0]
+
+
+def case(count: int, tables: int, shape: tuple[int, ...], seed: int):
+    draw = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(shape, generator=draw) * s for s in (3, 1))
+    levels = torch.randn(tables, count, generator=draw).sort(1).values
+    levels = levels if tables > 1 else levels[0]
+    if x.numel() > 8:  # what is special: exact levels, exact boundaries, the ends, no numbers
+        table = levels if tables == 1 else levels[0]
+        special = [table[0], table[-1], table[0] - 1, (table[0] + table[1]) / 2, torch.inf, -torch.inf]
+        x.view(tables, -1)[0, : len(special)] = torch.tensor(special)
+    return x, grad, levels
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8, 16, 17, 255, 256])
+def test_looking_up_is_bit_for_bit_the_eager_one(path, layout, count, eager):
+    for tables in (1, 6):
+        x, _, levels = case(count, tables, (6, 5, 3, 7), count)
+        x[0, 0, 0, 6] = torch.nan
+        x, cuts = laid_out(x, layout), codebook.midpoints(levels)
+        truth = codebook.lookup(x, levels, cuts)
+        assert torch.equal(path.lookup(x, levels, cuts).nan_to_num(), truth.nan_to_num())
+        assert truth[0, 0, 0, 6].isnan() and path.lookup(x, levels, cuts)[0, 0, 0, 6].isnan()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 13, 16])
+def test_gradients_of_levels_are_the_eager_ones(path, layout, count, eager):
+    for tables in (1, 6):
+        x, grad, levels = case(count, tables, (6, 5, 3, 7), count)
+        to_x, to_levels = path.levels_backward(laid_out(grad, layout), laid_out(x, layout), levels)
+        truth = codebook.backward_eager(grad, x, levels)
+        assert torch.equal(to_x, truth[0])
+        torch.testing.assert_close(to_levels, truth[1], rtol=1e-4, atol=1e-5 * x.numel())
+
+
+def test_gradients_of_a_wide_table_are_the_eager_ones_when_traced(eager):
+    for tables in (1, 4):
+        x, grad, levels = case(64, tables, (4, 50), 0)
+        to_x, to_levels = traced.levels_backward(grad, x, levels)
+        truth = codebook.backward_eager(grad, x, levels)
+        assert torch.equal(to_x, truth[0])
+        torch.testing.assert_close(to_levels, truth[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ends", [(0, 3), (-2, 1), (-128, 127), (0, 255)])
+def test_the_even_grid_is_the_eager_one(path, layout, ends, eager):
+    for steps in (torch.tensor([0.3]), torch.rand(6, 1, 1, 1) + 0.1):
+        x, grad, _ = case(4, 1, (6, 5, 3, 7), 1)
+        x[0, 0, 1] = torch.arange(7) * steps.view(-1)[0] / 2  # ties
+        x, grad = laid_out(x, layout), laid_out(grad, layout)
+        assert torch.equal(path.grid(x, steps, *ends), grid.quantize_to_grid(x, steps, *ends))
+        to_x, to_steps = path.grid_backward(grad, x, steps, *ends)
+        truth = grid.backward_eager(grad, x, steps, *ends)
+        finite = x.isfinite()
+        assert torch.equal(to_x[finite], truth[0][finite])
+        x = torch.where(finite, x, 0)
+        to_steps, truth = path.grid_backward(grad, x, steps, *ends)[1], grid.backward_eager(grad, x, steps, *ends)[1]
+        torch.testing.assert_close(to_steps, truth, rtol=1e-4, atol=1e-3)
+
+
+@given(st.lists(st.floats(width=32), max_size=40), st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=20))
+def test_any_numbers_and_any_table(values, levels):
+    x, levels = torch.tensor(values), torch.tensor(levels).sort().values
+    fast.use(False)
+    truth = codebook.lookup(x, levels, codebook.midpoints(levels))
+    fast.use(True)
+    ours = codebook.lookup(x, levels, codebook.midpoints(levels))
+    assert torch.equal(ours.isnan(), truth.isnan()) and torch.equal(ours.nan_to_num(), truth.nan_to_num())
+
+
+def test_the_bits_depend_on_no_thread_count():
+    torch.manual_seed(0)
+    x, grad, levels = torch.randn(3, 40, 50, 60), torch.randn(3, 40, 50, 60), torch.randn(8).sort().values
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append((*native.levels_backward(grad, x, levels), *native.grid_backward(grad, x, torch.tensor([0.2]), 0, 7)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_the_ops_take_the_loops_and_stop_when_told(monkeypatch):
+    x, levels = torch.randn(100), torch.randn(4).sort().values
+    calls = []
+    monkeypatch.setattr(native, "lookup", lambda *_: calls.append("lookup") or x)
+    codebook.quantize_to_levels(x, levels)
+    fast.use(False)
+    codebook.quantize_to_levels(x, levels)
+    fast.use(True)
+    assert calls == ["lookup"]
+
+
+@pytest.mark.slow
+def test_the_loops_of_accelerators_compile_and_compute_the_same(eager):
+    if not fused.use(True, "cpu"):
+        pytest.skip("nothing to compile with on this machine")
+    fused.use(False)
+    x, grad, levels = case(4, 1, (4, 6, 5, 5), 0)
+    x = x.nan_to_num(posinf=9, neginf=-9).to(memory_format=torch.channels_last)
+    to_x, to_levels = fused.levels_backward(grad, x, levels)
+    truth = codebook.backward_eager(grad, x, levels)
+    assert torch.equal(to_x, truth[0])
+    torch.testing.assert_close(to_levels, truth[1], rtol=1e-4, atol=1e-3)
+    assert torch.equal(fused.lookup(x, levels, codebook.midpoints(levels)), codebook.lookup(x, levels, codebook.midpoints(levels)))
+
+
+WITHOUT_COMPILER = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+from nulsq_cli.ops import codebook, fast
+x, levels = torch.randn(50, requires_grad=True), torch.arange(4.0).requires_grad_()
+for _ in range(2):
+    codebook.quantize_to_levels(x, levels).sum().backward()
+assert fast.use(True) is False and x.grad is not None
+"""
+
+
+def test_without_a_compiler_everything_works_and_is_said_once(tmp_path):
+    environment = {**os.environ, "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("CXX", None)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("quantizers run uncompiled") == 1 and "no C++ compiler" in done.stderr
+
+
+def test_a_library_is_built_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+    monkeypatch.setattr(native, "_build", lambda target: built.append(target) or target.write_bytes(b"no library"))
+    assert native.library.__wrapped__() is None  # what is there cannot be loaded: said, and the eager functions do it
+    assert native.library.__wrapped__() is None and len(built) == 1
+    assert [p.suffix for p in (tmp_path / "nulsq").iterdir()] == [".so"]
