@@ -23,7 +23,7 @@ from nulsq_cli.jobs.stretches import Stretch, hold_still, stretches
 from nulsq_cli.jobs.stretches import trainer as stretch_trainer
 from nulsq_cli.jobs.targets import check_top1, export
 from nulsq_cli.models import create_float_model
-from nulsq_cli.ops import fused
+from nulsq_cli.ops import fast
 from nulsq_cli.training import checkpoint, datasets
 from nulsq_cli.training.engine import Trainer
 from nulsq_cli.training.threads import settle_threads, threads_kept
@@ -31,7 +31,7 @@ from nulsq_cli.training.world import World, join
 from nulsq_cli.values import Score
 
 WORTH_COMPILING = 3e7
-"""Pixels that a run has to see before compiling the quantizers (about 30 s, once) pays."""
+"""Pixels that a run has to see before compiling the quantizers for an accelerator (about 30 s) pays."""
 
 
 @threads_kept()
@@ -77,7 +77,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         raise InputError("is not the same folder on all machines of this run", where=folder,
                          fix="choose one on storage that they share, with -o")  # fmt: skip
     resumed = checkpoint.latest(folder / "checkpoints", show.say) if resume else None
-    _choose_quantizer_speed(r, splits, config, show)
+    _choose_quantizer_speed(r, splits, config, world, show)
     show.say(f"  {session.float_info(model)['resolved']} · {len(splits.train)} training images"
              f" · {len(splits.validation)} in split {r.data.val_split!r} · {world.device}")  # fmt: skip
     known = read_json(folder / "start.json") if resumed else None
@@ -192,12 +192,14 @@ def _run_folder(r: recipe.Recipe, folder: Path | None, resume: str | None) -> Pa
     return folder
 
 
-def _choose_quantizer_speed(r: recipe.Recipe, splits: session.Splits, config: dict[str, Any], show: Any) -> None:
+def _choose_quantizer_speed(r: recipe.Recipe, splits: session.Splits, config: dict[str, Any], world: World, show: Any) -> None:
+    """C++ loops on CPUs, built once on a machine; on accelerators torch compiles some for this run, where that pays."""
     pixels = len(splits.train) * r.schedule.epochs * config["input_size"][1] * config["input_size"][2]
-    wanted = pixels > WORTH_COMPILING if r.engine.compile == "auto" else bool(r.engine.compile)
-    if wanted and str(r.quant.bits) != "32/32":
+    compiled = world.device.type != "cpu" and (r.engine.compile is True or pixels > WORTH_COMPILING)
+    if compiled and r.engine.compile is not False and str(r.quant.bits) != "32/32":
         show.say("  compiling the quantizers ...")
-    fused.use(wanted and str(r.quant.bits) != "32/32")
+    with world.one_first():
+        fast.use(r.engine.compile is not False, accelerators=compiled)
 
 
 def _teacher(r: recipe.Recipe, model: nn.Module, config: dict[str, Any]) -> nn.Module | None:

@@ -109,7 +109,9 @@ class _StraightThrough(torch.autograd.Function):
         x, levels = ctx.saved_tensors  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():
             return traced.levels_backward(grad, x, levels)
-        loops = fast.loops(x, levels.shape[-1], levels.numel() // levels.shape[-1], trained=True)
+        # A derivative of this derivative is asked for where gradients are recorded: the eager function has one.
+        tables = levels.numel() // levels.shape[-1]
+        loops = None if torch.is_grad_enabled() else fast.loops(x, levels.shape[-1], tables, trained=True)
         return (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
 
 

@@ -24,7 +24,7 @@ class _StraightThrough(torch.autograd.Function):
         x, step = ctx.saved_tensors  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():
             return *traced.grid_backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
-        loops = fast.loops(x, 0, step.numel())
+        loops = None if torch.is_grad_enabled() else fast.loops(x, 0, step.numel())  # as in codebook.py
         backward = backward_eager if loops is None else loops.grid_backward
         return *backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     elif levels.ndim == 1:
         y = levels[torch.bucketize(x.contiguous(), thresholds)]
     else:
-        y = levels.gather(1, torch.searchsorted(thresholds, x.reshape(x.shape[0], -1))).view(x.shape)
+        y = levels.gather(1, torch.searchsorted(thresholds, x.reshape(x.shape[0], -1).contiguous())).view(x.shape)
     return torch.where(x.isnan(), x, y)
 
 

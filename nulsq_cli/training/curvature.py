@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nulsq_cli.methods.base import Quantizer
-from nulsq_cli.ops import fused
 from nulsq_cli.training.order import reseed
 from nulsq_cli.training.world import World
 
@@ -75,8 +74,8 @@ def ratios(model: nn.Module, quantizers: Sequence[Quantizer], images: Tensor, ta
     for q in quantizers:
         q.watched = True
     try:
-        # Attention's fast kernels have no second derivative, and neither have the compiled quantizers.
-        with fused.paused(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        # Attention's fast kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             loss = F.cross_entropy(model(images).float(), target)
             places = [q.rounded for q in quantizers]
             slopes = torch.autograd.grad(loss, places, create_graph=True, allow_unused=True)
