@@ -19,11 +19,16 @@ from nulsq_cli.layers import LAYERS, QuantLayer, quant_layers
 from nulsq_cli.methods.base import Quantizer, Table
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import bits as packing
-from nulsq_cli.ops import codebook
+from nulsq_cli.ops import codebook, integer
+from nulsq_cli.ops.integer import ZERO_POINT
 from nulsq_cli.values import Codebook, QuantSpec
 
-VERSION = "1.0"
+VERSION = "1.1"
 KEY = "nulsq"
+PARTS = ("weight.codes", "weight.levels", "weight.levels_i8", "weight.scale", "act.levels", "act.thresholds",
+         "act.levels_q8", "act.scale", "act.zero_point")  # fmt: skip
+"""What the file holds of a quantized layer in place of its weight."""
+
 LARGEST_HEADER = 32 << 20
 
 
@@ -76,18 +81,17 @@ def save(path: Path, model: nn.Module, meta: dict[str, Any]) -> Sizes:
             codes = codes.cpu()
             stream = packing.pack(codes.numpy(), entry["weight_bits"])
             tensors[f"{name}.weight.codes"] = torch.from_numpy(stream)
-            tensors[f"{name}.weight.levels"] = tables.levels.cpu()
+            tensors |= _tables(f"{name}.weight", tables)
             ideal += codes.numel() * entry["weight_bits"]
         if layer.input_quantizer is not None:
             tables = layer.input_quantizer.codebook(torch.zeros(1))
-            tensors[f"{name}.act.levels"] = tables.levels.cpu()
-            tensors[f"{name}.act.thresholds"] = tables.thresholds.cpu()
+            tensors |= _tables(f"{name}.act", tables, layer.input_quantizer.spec)
     packed = sum(t.numel() for key, t in tensors.items() if key.endswith(".weight.codes"))
     rest, float_bytes = _rest(model, quantized)
     tensors |= rest
     header = {
         **{key: value for key, value in meta.items() if key != "counts"},
-        "format": "nulsq", "format_version": VERSION, "packing": "lsb0", "tie": "strict_greater", "grid": "float",
+        "format": "nulsq", "format_version": VERSION, "packing": "lsb0", "tie": "strict_greater", "grid": _grid(quantized),
         "layers": entries, "float_bytes": float_bytes, "sha256": _digest(tensors),
     }  # fmt: skip
     tensors = {key: value.contiguous().clone() for key, value in sorted(tensors.items())}
@@ -95,6 +99,28 @@ def save(path: Path, model: nn.Module, meta: dict[str, Any]) -> Sizes:
     content = safetensors.torch.save(tensors, metadata={KEY: canonical})
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Sizes(len(content), float_bytes, packed, (ideal + 7) // 8)
+
+
+def _grid(layers: dict[str, QuantLayer]) -> str:
+    """`int8` where every level table lies on an integer grid."""
+    sides = [q for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+    return "int8" if sides and all(q.spec.grid == "int8" for q in sides) else "float"
+
+
+def _tables(key: str, tables: Codebook, inputs: QuantSpec | None = None) -> dict[str, Tensor]:
+    """One side's tables under their names; thresholds are those of inputs alone."""
+    found = {"levels": tables.levels}
+    if inputs is not None:
+        found["thresholds"] = tables.thresholds
+    if tables.integers is not None:
+        zero_point = ZERO_POINT if inputs is not None and inputs.signed else 0
+        if inputs is None:
+            found["levels_i8"] = tables.integers.to(torch.int8)
+        else:
+            found["levels_q8"] = (tables.integers + zero_point).to(torch.uint8)
+            found["zero_point"] = torch.tensor(zero_point, dtype=torch.uint8)
+        found["scale"] = tables.scale
+    return {f"{key}.{part}": value.detach().cpu() for part, value in found.items()}
 
 
 def _describe(name: str, layer: QuantLayer, counts: list[int] | None) -> dict[str, Any]:
@@ -182,11 +208,30 @@ def _check_layer(artifact: Artifact, name: str, entry: dict[str, Any]) -> None:
         _check_table(name, levels, entry["weight_bits"])
         if int(codes.max()) >= levels.shape[-1]:
             raise ValueError(f"{name}: a code has no level")
+        _integers(artifact, f"{name}.weight", levels, "levels_i8", torch.int8)
     if entry["act_bits"] < 32:
         levels, thresholds = (artifact.tensors[f"{name}.act.{part}"] for part in ("levels", "thresholds"))
         _check_table(name, levels, entry["act_bits"])
         if levels.ndim != 1 or thresholds.shape != (len(levels) - 1,) or not _ascending(thresholds):
             raise ValueError(f"{name}: its activation tables do not fit each other")
+        _integers(artifact, f"{name}.act", levels, "levels_q8", torch.uint8)
+
+
+def _integers(artifact: Artifact, key: str, levels: Tensor, part: str, kind: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Scale and integers of a checked table, or None where it lies on no grid; the latter without the zero point."""
+    names = [f"{key}.{part}", f"{key}.scale"] + ([f"{key}.zero_point"] if kind == torch.uint8 else [])
+    if artifact.meta["grid"] != "int8" and not any(name in artifact.tensors for name in names):
+        return None
+    stored, scale, *rest = (artifact.tensors[name] for name in names)
+    zero_point = rest[0] if rest else torch.zeros((), dtype=torch.int8)
+    if stored.dtype != kind or stored.shape != levels.shape or scale.dtype != torch.float32 or scale.shape != levels.shape[:-1]:
+        raise ValueError(f"{key}: its integers and their scale do not fit its levels")
+    if zero_point.dtype != kind or zero_point.shape != () or not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(f"{key}: its scale is not positive, or its zero point is none")
+    integers = stored.short() - zero_point.short()
+    if not torch.equal(integer.values(integers, scale), levels):
+        raise ValueError(f"{key}: its levels are not its scale times its integers")
+    return scale, integers
 
 
 def _check_table(name: str, levels: Tensor, bits: int) -> None:
@@ -229,16 +274,17 @@ def load(path: Path) -> tuple[nn.Module, Artifact]:
 def _table(artifact: Artifact, name: str, entry: dict[str, Any]) -> Quantizer | None:
     if entry["act_bits"] == 32:
         return None
-    tables = Codebook(*(artifact.tensors[f"{name}.act.{part}"] for part in ("levels", "thresholds")))
-    return Table(QuantSpec(entry["act_bits"], bool(entry["signed"])), tables)
+    levels, thresholds = (artifact.tensors[f"{name}.act.{part}"] for part in ("levels", "thresholds"))
+    on_grid = _integers(artifact, f"{name}.act", levels, "levels_q8", torch.uint8)
+    spec = QuantSpec(entry["act_bits"], bool(entry["signed"]), grid="int8" if on_grid else "float")
+    return Table(spec, Codebook(levels, thresholds, *(on_grid or ())))
 
 
 def _fill(model: nn.Module, artifact: Artifact) -> None:
-    suffixes = (".weight.codes", ".weight.levels", ".act.levels", ".act.thresholds")
-    own = {n + s for n in artifact.meta["layers"] for s in suffixes}
+    own = {f"{n}.{part}" for n in artifact.meta["layers"] for part in PARTS}
     rest = {key: tensor for key, tensor in artifact.tensors.items() if key not in own}
     result = model.load_state_dict(rest, strict=False)
     derived = {f"{n}.weight" for n, entry in artifact.meta["layers"].items() if entry["weight_bits"] < 32}
-    missing = [k for k in result.missing_keys if k not in derived and ".input_quantizer.table_" not in k]
+    missing = [k for k in result.missing_keys if k not in derived and ".input_quantizer." not in k]
     if missing or result.unexpected_keys:
         raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")

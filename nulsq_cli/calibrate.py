@@ -109,14 +109,15 @@ def initialize(model: nn.Module, inputs: dict[str, TensorStats], weight_rule: st
     for name, layer in quant_layers(model).items():
         if layer.weight_quantizer is not None:
             stats = measure(layer.weight, layer.weight_quantizer.spec.channels)
-            _start(layer.weight_quantizer, stats, weight_rule)
+            _start(layer.weight_quantizer, stats, weight_rule, layer.weight.float())
         if layer.input_quantizer is not None:
             _start(layer.input_quantizer, inputs[name], input_rule)
 
 
-def _start(quantizer: Quantizer, stats: TensorStats, rule: str) -> None:
+def _start(quantizer: Quantizer, stats: TensorStats, rule: str, weight: Tensor | None = None) -> None:
     quantizer.initialize(stats, rule)
     quantizer.after_step()
+    quantizer.place_on_grid(stats, weight)
 
 
 @torch.no_grad()

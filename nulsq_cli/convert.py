@@ -15,7 +15,7 @@ from nulsq_cli.errors import InputError, UsageError, suggest
 from nulsq_cli.layers import LAYERS, evaluating
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.methods.base import Quantizer
-from nulsq_cli.values import FLOAT_BITS, Bits, Granularity, QuantSpec, Role
+from nulsq_cli.values import FLOAT_BITS, Bits, Granularity, Grid, QuantSpec, Role
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Policy:
     first_last_method: str = "lsq"
     rules: tuple[Rule, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    grid: Grid = "float"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class LayerPlan:
     granularity: Granularity
     method: str
     reason: str
+    grid: Grid = "float"
 
     @property
     def weights(self) -> int:
@@ -96,11 +98,13 @@ class Plan:
         """Bytes of all weights, packed, of their level tables, and of everything else in float32; names not counted."""
         total = self.float_bytes
         for p in self.layers:
+            integers = p.grid != "float"  # a byte per level, and a scale
             if p.weight_bits < FLOAT_BITS:
-                tables = 2**p.weight_bits * (p.shape[0] if p.granularity == "channel" else 1)
-                total += (p.weights * p.weight_bits + 7) // 8 + 4 * tables - 4 * p.weights
+                tables = p.shape[0] if p.granularity == "channel" else 1
+                total += (p.weights * p.weight_bits + 7) // 8 - 4 * p.weights + 4 * tables * 2**p.weight_bits
+                total += integers * tables * (2**p.weight_bits + 4)
             if p.input_bits < FLOAT_BITS:
-                total += 4 * (2 * 2**p.input_bits - 1)
+                total += 4 * (2 * 2**p.input_bits - 1) + integers * (2**p.input_bits + 5)
         return total
 
     @property
@@ -226,7 +230,7 @@ def _plan_layer(name: str, module: nn.Module, policy: Policy, seen: Seen | None,
     plan = LayerPlan(
         name=name, type=type(module).__name__, shape=tuple(module.weight.shape), weight_bits=policy.bits.weights,
         input_bits=policy.bits.activations, signed=policy.signed if isinstance(policy.signed, bool) else None,
-        granularity=policy.granularity, method=policy.method, reason="default",
+        granularity=policy.granularity, method=policy.method, reason="default", grid=policy.grid,
     )  # fmt: skip
     in_float = {"weight_bits": FLOAT_BITS, "input_bits": FLOAT_BITS, "method": "float"}
     if type(module) not in LAYERS:
@@ -296,6 +300,6 @@ def _quantizer(entry: LayerPlan, role: Role, options: dict[str, Any]) -> Quantiz
     per_channel = role == "weight" and entry.granularity == "channel"
     spec = QuantSpec(
         bits=bits, signed=role == "weight" or bool(entry.signed), role=role,
-        granularity="channel" if per_channel else "tensor", channels=entry.shape[0] if per_channel else 1,
+        granularity="channel" if per_channel else "tensor", channels=entry.shape[0] if per_channel else 1, grid=entry.grid,
     )  # fmt: skip
     return make_quantizer(entry.method, spec, **options)

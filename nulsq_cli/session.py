@@ -52,7 +52,7 @@ def policy(r: recipe.Recipe) -> Policy:
     q = r.quant
     rules = tuple(Rule(x.match, x.bits, x.method, x.granularity, x.signed, x.skip) for x in q.rules)
     return Policy(q.bits, q.method, q.granularity, q.signed, q.first_last.bits, q.first_last.method, rules,
-                  dict(q.options))  # fmt: skip
+                  dict(q.options), q.grid)  # fmt: skip
 
 
 def stabilizers(r: recipe.Recipe, model: nn.Module) -> list[Stabilizer]:

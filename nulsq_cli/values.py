@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Granularity = Literal["tensor", "channel"]
 Role = Literal["weight", "activation"]
+Grid = Literal["float", "int8"]
+"""Where levels may lie: anywhere, or on a scale times integers of 8 bits, which runtimes for int8 compute exactly."""
 
 FLOAT_BITS = 32
 """The width that stands for "leave it in float"."""
@@ -60,6 +62,7 @@ class QuantSpec:
         role: `weight` or `activation`.
         granularity: one level table for the tensor, or one per output channel (weights only).
         channels: number of output channels; 1 when granularity is `tensor`.
+        grid: where levels may lie.
     """
 
     bits: int
@@ -67,6 +70,7 @@ class QuantSpec:
     role: Role = "activation"
     granularity: Granularity = "tensor"
     channels: int = 1
+    grid: Grid = "float"
 
     @property
     def levels(self) -> int:
@@ -96,10 +100,14 @@ class Codebook:
     Args:
         levels: (K,) or (C, K) float32, ascending, in the tensor's own units.
         thresholds: (K-1,) or (C, K-1) float32, ascending.
+        scale, integers: on an integer grid, levels = integers * scale, rounded once; () or (C,) float32 and
+            int16 like levels. Else None.
     """
 
     levels: Tensor
     thresholds: Tensor
+    scale: Tensor | None = None
+    integers: Tensor | None = None
 
     @property
     def per_channel(self) -> bool:

@@ -31,6 +31,13 @@ def packed(path, bits="3/3", method="nulsq-wa", **more):
 
 
 @pytest.fixture(scope="module")
+def on_grid(tmp_path_factory):
+    path = tmp_path_factory.mktemp("artifact") / "grid.safetensors"
+    packed(path, grid="int8")
+    return path
+
+
+@pytest.fixture(scope="module")
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact") / "good.safetensors"
     packed(path)
@@ -39,7 +46,8 @@ def good(tmp_path_factory):
 
 @pytest.mark.parametrize(("bits", "method", "more"), [
     ("2/2", "nulsq-wa", {}), ("3/3", "nulsq-a", {}), ("4/4", "nulsq-w", {"granularity": "channel"}), ("5/8", "lsq", {}),
-    ("3/32", "lsq", {"granularity": "channel"}), ("32/4", "nulsq-a", {"first_last_bits": Bits(32, 32)}),
+    ("3/32", "lsq", {"granularity": "channel"}), ("32/4", "nulsq-a", {"first_last_bits": Bits(32, 32)}), ("3/3", "nulsq-wa", {"grid": "int8", "granularity": "channel"}),
+    ("4/32", "nulsq-w", {"grid": "int8"}),
 ])  # fmt: skip
 def test_the_file_computes_exactly_what_the_model_computes(tmp_path, bits, method, more):
     model, _, sizes = packed(tmp_path / "a.safetensors", bits, method, **more)
@@ -69,13 +77,19 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
 
 
-@pytest.mark.parametrize("more", [{}, {"granularity": "channel"}])
+@pytest.mark.parametrize("more", [{}, {"granularity": "channel"}, {"grid": "int8", "granularity": "channel"}])
 def test_the_reader_in_the_documentation_gets_the_weights_bit_for_bit(tmp_path, more):
     model, _, _ = packed(tmp_path / "a.safetensors", **more)
     text = (Path(__file__).parents[1] / "docs/format.md").read_text()
     namespace: dict = {}
     exec(re.search(r"```python\n(.*?)```", text, re.S).group(1), namespace)
-    _, _, weights = namespace["read"](tmp_path / "a.safetensors")
+    meta, tensors, weights = namespace["read"](tmp_path / "a.safetensors")
+    integers, codes = namespace["integers"], {}
+    for name in weights if meta["grid"] == "int8" else ():
+        scale, codes = integers(meta, tensors, name)
+        assert np.array_equal(codes.astype(np.float32) * scale, weights[name])
+        inputs = model.get_submodule(name).input_quantizer.codebook(torch.zeros(1))
+        assert np.array_equal(tensors[f"{name}.act.levels_q8"].astype(np.int16) - tensors[f"{name}.act.zero_point"], inputs.integers)
     assert set(weights) == {"conv1", "linear", *(f"layer{k}.0.conv{j}" for k in (1, 2, 3) for j in (1, 2))}
     for name, weight in weights.items():
         assert np.array_equal(weight, model.get_submodule(name).quantized_weight().detach().numpy())
@@ -120,6 +134,34 @@ def test_a_file_that_lies_is_refused_with_a_sentence(good, tmp_path, name):
     with pytest.raises(NulsqError) as error:
         artifact.load(path)
     assert error.value.exit_code in (2, 3) and error.value.what and "\n" not in error.value.what
+
+
+GRID_LIES = {
+    "a level": lambda m, t: t["linear.weight.levels"][3].mul_(1 + 2**-20),
+    "an integer": lambda m, t: t["layer1.0.conv1.weight.levels_i8"][0].add_(1),
+    "scale": lambda m, t: t["conv1.act.scale"].mul_(-1),
+    "infinite scale": lambda m, t: t["conv1.act.scale"].fill_(float("inf")),
+    "shape of a scale": lambda m, t: t.update({"conv1.act.scale": t["conv1.act.scale"][None].clone()}),
+    "type of integers": lambda m, t: t.update({"conv1.act.levels_q8": t["conv1.act.levels_q8"].short()}),
+    "short": lambda m, t: t.update({"conv1.act.levels_q8": t["conv1.act.levels_q8"][1:].clone()}),
+    "zero point": lambda m, t: t["conv1.act.zero_point"].add_(1),
+    "no zero point": lambda m, t: t.pop("conv1.act.zero_point"),
+    "no integers": lambda m, t: t.pop("linear.weight.levels_i8"),
+    "none at all": lambda m, t: [t.pop(k) for k in ("linear.weight.levels_i8", "linear.weight.scale")],
+    "half of them, and no grid": lambda m, t: (m.update(grid="float"), t.pop("linear.weight.scale")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRID_LIES)
+def test_integers_that_lie_are_refused(on_grid, tmp_path, name):
+    with pytest.raises(InputError) as error:
+        artifact.load(rewritten(on_grid, tmp_path / "bad.safetensors", GRID_LIES[name]))
+    assert error.value.exit_code == 3 and "damaged" in error.value.what
+
+
+def test_files_of_version_1_0_are_read(good, tmp_path):
+    old = rewritten(good, tmp_path / "a.safetensors", lambda m, t: m.update(format_version="1.0"))
+    artifact.load(old)
 
 
 def test_unknown_metadata_keys_are_ignored(good, tmp_path):

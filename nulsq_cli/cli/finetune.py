@@ -25,6 +25,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--method", "quant.method", str, "nulsq-wa, lsq, pact ...: `nulsq ls methods`."),
     ("--stabilizer", "quant.stabilizers", list[str], "bin-reg, dampening or freezing; may be repeated: `nulsq ls stabilizers`."),
     ("--granularity", "quant.granularity", str, "Weight levels per `tensor` or per `channel`."),
+    ("--grid", "quant.grid", str, "`int8`: levels on a scale times integers, as runtimes for int8 compute; or `float`."),
     ("--first-last", "quant.first_last.bits", str, "Bits of the first and the last layer."),
     ("--data-dir", "data.data_dir", str, "Folder of the data."),
     ("--dataset", "data.dataset", str, "timm dataset: torch/cifar10, hfds/..., wds/...; empty for a folder."),

@@ -91,9 +91,11 @@ class Show:
             for p in plan["layers"]
         ]  # fmt: skip
         self.table("", ["layer", "type", "shape", "bits W/A", "input", "weights per", "method", "why"], rows)
+        grids = {p["grid"] for p in plan["layers"] if p["method"] != "float"} - {"float"}
         self.say(
             f"  {plan['average_weight_bits']:.2f} bits per weight on average · float {size(plan['float_bytes'])}"
             f" · packed {size(plan['packed_bytes'])} ({plan['float_bytes'] / max(plan['packed_bytes'], 1):.1f}× smaller)"
+            + "".join(f" · levels on an {grid} grid" for grid in sorted(grids))
         )
 
     # ---- training -------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Sp
             best_score |= {"top1": found.top1, "top5": found.top5}
     result: dict[str, Any] = {
         "run": str(folder), "artifact": None, "model": r.model.name, "bits": str(r.quant.bits), "method": r.quant.method,
-        "epochs": stretches(r)[-1].end, "seed": r.seed, "seconds": round(time.monotonic() - started, 1),
+        "grid": r.quant.grid, "epochs": stretches(r)[-1].end, "seed": r.seed, "seconds": round(time.monotonic() - started, 1),
         "float": _percent(start["float"]), "init": _percent(start["init"]), "best": best_score, "last": _percent(last),
         "chosen_on": f"{r.data.hold_out:g} of split {r.data.train_split!r}, held out" if splits.held is not None
         else f"split {r.data.val_split!r}",

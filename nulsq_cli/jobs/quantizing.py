@@ -52,13 +52,13 @@ def same_run(now: Plan, stored: Plan, r: recipe.Recipe, before: recipe.Recipe) -
     Raises:
         UsageError: something of it differs; it says what.
     """
-    key = lambda p: (p.weight_bits, p.input_bits, p.granularity, p.method, p.shape)  # noqa: E731
+    key = lambda p: (p.weight_bits, p.input_bits, p.granularity, p.method, p.shape, p.grid)  # noqa: E731
     old, new = {p.name: key(p) for p in stored.layers}, {p.name: key(p) for p in now.layers}
     changed = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
     if changed or now.options != stored.options:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise UsageError(f"the run was made with another plan; it differs in {listed or 'the method options'}",
-                         fix="resume with the bits, method and rules of the run, or start a new one with -o")  # fmt: skip
+                         fix="resume with the bits, method, grid and rules of the run, or start a new one with -o")  # fmt: skip
     if before.quant.stabilizers != r.quant.stabilizers:  # what they remember was counted under their options
         names = ", ".join(s.name for s in before.quant.stabilizers) or "none"
         raise UsageError(f"the run was made with other stabilizers, or other options of them ({names})",

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nulsq_cli.errors import UsageError, pick
-from nulsq_cli.values import FLOAT_BITS, Bits, QuantSpec
+from nulsq_cli.values import FLOAT_BITS, Bits, Grid, QuantSpec
 
 if TYPE_CHECKING:
     from nulsq_cli.methods.base import Quantizer
@@ -26,6 +26,8 @@ class Method:
         signed: whether inputs may be negative.
         only_activations: the paper quantizes no weights; those of another method stand in.
         both_sides: activations need the weights' quantizer beside them, which brings the scale back.
+        widest_on_grid: of weights, unsigned and signed inputs, in bits, whose levels fit an int8 grid: 256 levels
+            fit only where they are even and one of them is 0.
     """
 
     weights: str
@@ -38,19 +40,26 @@ class Method:
     signed: bool = True
     only_activations: bool = False
     both_sides: bool = False
+    widest_on_grid: tuple[int, int, int] = (8, 8, 8)
 
-    def complaint(self, bits: Bits, granularity: str, signed: bool | None) -> str | None:
+    def complaint(self, bits: Bits, granularity: str, signed: bool | None, grid: Grid = "float") -> str | None:
         """What this method cannot do of what is asked, or None.
 
         Args:
             bits: the widths asked for.
             granularity: `tensor` or `channel`.
             signed: whether inputs are declared to be signed; None leaves that to the data.
+            grid: where levels may lie.
         """
         for side, width, most in (("weights", bits.weights, self.largest_weights),
                                   ("activations", bits.activations, self.largest_activations)):  # fmt: skip
             if width != FLOAT_BITS and width > most:
                 return f"has {side} of at most {most} bits, asked for {width}"
+        if grid != "float":
+            weights, *inputs = self.widest_on_grid
+            for side, width, most in (("weights", bits.weights, weights), ("activations", bits.activations, inputs[bool(signed)])):
+                if width != FLOAT_BITS and width > most:
+                    return f"has {side} of at most {most} bits on an {grid} grid, asked for {width}"
         if granularity == "channel" and not self.per_channel and bits.weights != FLOAT_BITS:
             return "has one weight table per tensor, asked for one per channel"
         if signed and not self.signed and bits.activations != FLOAT_BITS:
@@ -64,10 +73,22 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "lsq": Method("lsq:LSQ", "lsq:LSQ", "one learned step per tensor", ("grad_scale",)),
-    "nulsq-a": Method("lsq:LSQ", "nulsq:NuLSQ", "every gap of the activation levels is learned", ("grad_scale",)),
-    "nulsq-w": Method("nulsq:NuLSQ", "lsq:LSQ", "every gap of the weight levels is learned", ("grad_scale",)),
-    "nulsq-wa": Method("nulsq:NuLSQ", "nulsq:NuLSQ", "every gap of weight and activation levels is learned", ("grad_scale",)),
-    "uniq": Method("uniq:UniQ", "uniq:UniQ", "one learned step; weight levels are symmetric and have no zero", ("grad_scale",)),
+    "nulsq-a": Method(
+        "lsq:LSQ", "nulsq:NuLSQ", "every gap of the activation levels is learned", ("grad_scale",),
+        widest_on_grid=(8, 7, 7),
+    ),
+    "nulsq-w": Method(
+        "nulsq:NuLSQ", "lsq:LSQ", "every gap of the weight levels is learned", ("grad_scale",),
+        widest_on_grid=(7, 8, 8),
+    ),
+    "nulsq-wa": Method(
+        "nulsq:NuLSQ", "nulsq:NuLSQ", "every gap of weight and activation levels is learned", ("grad_scale",),
+        widest_on_grid=(7, 7, 7),
+    ),
+    "uniq": Method(
+        "uniq:UniQ", "uniq:UniQ", "one learned step; weight levels are symmetric and have no zero", ("grad_scale",),
+        widest_on_grid=(7, 8, 7),
+    ),
     "pact": Method(
         "dorefa:DoReFa",
         "pact:PACT",
@@ -75,9 +96,11 @@ METHODS: dict[str, Method] = {
         ("alpha", "penalty"),
         per_channel=False,
         only_activations=True,
+        widest_on_grid=(7, 8, 8),
     ),
     "dorefa": Method(
-        "dorefa:DoReFa", "dorefa:DoReFa", "fixed ranges, nothing learned; for models with BatchNorm", per_channel=False
+        "dorefa:DoReFa", "dorefa:DoReFa", "fixed ranges, nothing learned; for models with BatchNorm", per_channel=False,
+        widest_on_grid=(7, 8, 7),
     ),
     "ewgs": Method(
         "ewgs:EWGS",
@@ -86,6 +109,7 @@ METHODS: dict[str, Method] = {
         ("delta", "every", "batches"),
         per_channel=False,
         both_sides=True,
+        widest_on_grid=(7, 8, 7),
     ),
     "llsq": Method("llsq:LLSQ", "llsq:LLSQ", "one step that goes where the quantization error is least", ("error",)),
     "lcq": Method(
@@ -93,6 +117,7 @@ METHODS: dict[str, Method] = {
         "lcq:LCQ",
         "a learned curve decides how levels crowd; weights are normalised",
         ("grad_scale", "level_bits"),
+        widest_on_grid=(7, 7, 7),
     ),
     "apot": Method(
         "apot:APoT",
@@ -101,8 +126,12 @@ METHODS: dict[str, Method] = {
         ("grad_scale", "weight_gradient"),
         largest_weights=7,
         largest_activations=6,
+        widest_on_grid=(6, 5, 6),
     ),
-    "lq-nets": Method("lq_nets:LQNets", "lq_nets:LQNets", "sums of a basis that is fitted to the data, not trained"),
+    "lq-nets": Method(
+        "lq_nets:LQNets", "lq_nets:LQNets", "sums of a basis that is fitted to the data, not trained",
+        widest_on_grid=(7, 7, 7),
+    ),
     "duq": Method("duq:DuQ", "duq:DuQ", "an even grid with a learned scale before it and another behind it"),
 }
 
@@ -120,7 +149,7 @@ def make_quantizer(method: str, spec: QuantSpec, **options: Any) -> Quantizer:
     """
     line = pick(METHODS, method, "method")
     here = (Bits(spec.bits, 2), None) if spec.role == "weight" else (Bits(2, spec.bits), spec.signed)
-    if what := line.complaint(here[0], spec.granularity, here[1]):
+    if what := line.complaint(here[0], spec.granularity, here[1], spec.grid):
         raise UsageError(f"{method} {what}", fix="`nulsq ls methods` says what each can do")
     quantizer = quantizer_class(line.weights if spec.role == "weight" else line.activations)
     for name in options:

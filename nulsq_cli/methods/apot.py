@@ -82,7 +82,7 @@ class APoT(Quantizer):
         return table if self.spec.granularity == "channel" else table[0]
 
     @torch.no_grad()
-    def codebook(self, x: Tensor) -> Codebook:
+    def own_codebook(self, x: Tensor) -> Codebook:
         """The tables on the tensor as it is: weights are normalised by where their thresholds lie."""
         levels, thresholds = self.levels(), self.thresholds()
         if self.normalised:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nulsq_cli.ops import codebook
+from nulsq_cli.initializers import RunningSums
+from nulsq_cli.ops import codebook, integer
+from nulsq_cli.ops.estimators import straight_through
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
 SMALLEST_SHARE = 1e-3
@@ -17,8 +19,14 @@ class Quantizer(nn.Module):
 
     In training mode the method's own formula runs, with its own gradient. In evaluation the
     codebook runs, so that the exported tables compute the very same numbers. Where the formula
-    transforms its input first (tanh, normalisation) or scales its output, `codebook` folds that
+    transforms its input first (tanh, normalisation) or scales its output, `own_codebook` folds that
     into the tables: thresholds live on the tensor as it comes in, levels are what goes out.
+
+    On an integer grid (`spec.grid`) every level is a scale times an integer. The scale follows the
+    largest level in a proportion, `grid_top`, that is chosen once, when the steps start: no level jumps
+    because another one moved. Levels go to the nearest integer, gradients pass to them straight through.
+    Thresholds are the midpoints of the levels on the grid where the method rounds to the nearest, else
+    its own. Methods whose levels keep their ratios (`learned_shape` is False) lie on a grid as they are.
 
     Args:
         spec: what this quantizer has to be.
@@ -27,9 +35,16 @@ class Quantizer(nn.Module):
     watched = False
     """Whether the rounded tensor is to be kept, with its graph, in `rounded`."""
 
+    learned_shape = False
+    """Whether training changes the ratios between the levels; then `quantize` has to put them `on_grid`."""
+
+    grid_top: Tensor
+
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
         self.spec = spec
+        if spec.grid != "float":
+            self.register_buffer("grid_top", torch.full((spec.channels,), float(integer.limits(spec)[1])))
 
     def initialize(self, stats: TensorStats, rule: str) -> None:
         """Set the parameters from the statistics of the tensor that will be quantized.
@@ -54,6 +69,15 @@ class Quantizer(nn.Module):
         return codebook.midpoints(self.levels())
 
     @torch.no_grad()
+    def own_codebook(self, x: Tensor) -> Codebook:
+        """The method's tables, wherever their levels lie.
+
+        Args:
+            x: as in `codebook`.
+        """
+        return Codebook(self.levels().detach(), self.thresholds().detach())
+
+    @torch.no_grad()
     def codebook(self, x: Tensor) -> Codebook:
         """The tables that replace this quantizer at inference.
 
@@ -61,11 +85,55 @@ class Quantizer(nn.Module):
             x: the tensor that is quantized. Most tables do not depend on it; those of methods that
                 normalise their weights do.
         """
-        return Codebook(self.levels().detach(), self.thresholds().detach())
+        own = self.own_codebook(x)
+        if self.spec.grid == "float":
+            return own
+        scale, integers = self._snapped(own.levels)
+        levels = integer.values(integers, scale)
+        return Codebook(levels, codebook.midpoints(levels) if self._nearest() else own.thresholds, scale, integers)
+
+    def _snapped(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        scale = integer.scale_of(levels, self.grid_top if levels.ndim == 2 else self.grid_top[0])
+        return scale, integer.nearest(levels, scale, *integer.limits(self.spec))
+
+    def _nearest(self) -> bool:
+        own = type(self)
+        return own.own_codebook is Quantizer.own_codebook and own.thresholds is Quantizer.thresholds
+
+    def on_grid(self, levels: Tensor) -> Tensor:
+        """Levels, (K,) or (C, K), where the spec wants them; their gradient as if they had not moved."""
+        if self.spec.grid == "float":
+            return levels
+        with torch.no_grad():
+            scale, integers = self._snapped(levels)
+            values = integer.values(integers, scale)
+        return straight_through(values, levels)
+
+    @torch.no_grad()
+    def place_on_grid(self, stats: TensorStats, x: Tensor | None = None) -> None:
+        """Choose the proportion of scale and levels, if there is a grid; once the parameters have started.
+
+        Args:
+            stats: of the tensor, or of each of its channels: they say how often each level is used.
+            x: the weights; None for inputs.
+        """
+        if self.spec.grid == "float":
+            return
+        lowest, highest = integer.limits(self.spec)
+        tables = self.own_codebook(self.grid_top.new_zeros(1) if x is None else x)
+        thresholds = tables.thresholds.double().reshape(self.spec.channels, -1)
+        counts = RunningSums(stats).between(thresholds.to(stats.points.device))[0]
+        # Errors of inputs meet weights of both signs; errors of weights meet inputs that are mostly positive.
+        coherence = 0.0 if x is None else integer.coherence_of(x[0].numel())
+        self.grid_top.copy_(integer.best_top(
+            tables.levels, counts.to(tables.levels.device).view(tables.levels.shape), lowest=lowest, highest=highest,
+            coherence=coherence, finest=self.learned_shape))  # fmt: skip
 
     def trained_levels(self, x: Tensor) -> Tensor:
         """The levels of `codebook(x)`, with the gradient that training gives them; without one where tables fold x in."""
-        return self.levels() if type(self).codebook is Quantizer.codebook else self.codebook(x).levels
+        if type(self).own_codebook is Quantizer.own_codebook:
+            return self.on_grid(self.levels())
+        return self.codebook(x).levels
 
     def targets(self, x: Tensor) -> Tensor:
         """Where on the axis of x, the quantizer's input, a value of each code is best off, (K,) or (C, K).
@@ -74,9 +142,7 @@ class Quantizer(nn.Module):
         outputs live on another axis (x is normalised, the output scaled), in the middle of each bin of x,
         without a gradient.
         """
-        own = type(self)
-        nearest = own.codebook is Quantizer.codebook and own.thresholds is Quantizer.thresholds
-        return self.levels() if nearest else codebook.middles(self.codebook(x).thresholds)
+        return self.on_grid(self.levels()) if self._nearest() else codebook.middles(self.codebook(x).thresholds)
 
     def steps(self) -> list[nn.Parameter]:
         """The learned quantizer parameters, which have their own optimizer."""
@@ -151,8 +217,12 @@ class Table(Quantizer):
 
     def __init__(self, spec: QuantSpec, tables: Codebook) -> None:
         super().__init__(spec)
-        self.register_buffer("table_levels", tables.levels)
-        self.register_buffer("table_thresholds", tables.thresholds)
+        for part, table in vars(tables).items():
+            self.register_buffer(f"table_{part}", table)
+
+    def codebook(self, x: Tensor) -> Codebook:
+        """As given."""
+        return Codebook(self.table_levels, self.table_thresholds, self.table_scale, self.table_integers)
 
     def levels(self) -> Tensor:
         """As given."""

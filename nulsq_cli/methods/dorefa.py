@@ -38,7 +38,7 @@ class DoReFa(Quantizer):
         return from_unit(round_unit(place, self.spec.gaps), self.spec.signed)
 
     @torch.no_grad()
-    def codebook(self, x: Tensor) -> Codebook:
+    def own_codebook(self, x: Tensor) -> Codebook:
         """The thresholds of weights go back through tanh; they depend on the largest weight, so on x."""
         levels, thresholds = self.levels().to(x.device), self.thresholds().to(x.device)
         if self.spec.role == "weight":

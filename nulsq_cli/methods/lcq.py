@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from nulsq_cli import initializers
 from nulsq_cli.methods.base import Quantizer, clip_factor, keep_positive
 from nulsq_cli.ops import companding, normalize
-from nulsq_cli.ops.estimators import scale_gradient
+from nulsq_cli.ops.codebook import lookup
+from nulsq_cli.ops.estimators import scale_gradient, straight_through
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
 KNOTS = 16
@@ -35,6 +36,8 @@ class LCQ(Quantizer):
             None leaves levels as the curve has them, as the nuLSQ authors' port does; the paper re-quantizes
             them, to a width that we do not know.
     """
+
+    learned_shape = True
 
     def __init__(self, spec: QuantSpec, *, grad_scale: str = "none", level_bits: int | None = None) -> None:
         if level_bits is not None and not spec.bits <= level_bits <= 16:
@@ -78,7 +81,7 @@ class LCQ(Quantizer):
         return (levels, thresholds) if self.spec.granularity == "channel" else (levels[0], thresholds[0])
 
     @torch.no_grad()
-    def codebook(self, x: Tensor) -> Codebook:
+    def own_codebook(self, x: Tensor) -> Codebook:
         """The tables on the tensor as it is, with the normalisation folded in; the mean stays out of the levels."""
         levels, thresholds = self._tables()
         if self.normalised:
@@ -88,6 +91,13 @@ class LCQ(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Through the curve and back; for weights with gradients through mean and standard deviation too."""
+        y = self._companded(x)
+        if self.spec.grid == "float":
+            return y
+        tables = self.codebook(x)
+        return straight_through(lookup(x, tables.levels, tables.thresholds), y)
+
+    def _companded(self, x: Tensor) -> Tensor:
         factor = clip_factor(x, self.spec, self.grad_scale)
         clip, slopes, heights = (scale_gradient(p, factor) for p in (self.clip, *companding.curve(self.theta)))
         if not self.normalised:

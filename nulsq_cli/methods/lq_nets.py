@@ -29,6 +29,7 @@ class LQNets(Quantizer):
         spec: what this quantizer has to be; the authors' weights have a basis per output channel.
     """
 
+    learned_shape = True
     codes: Tensor
     basis: Tensor
 
@@ -85,7 +86,7 @@ class LQNets(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level. The gradient passes weights unchanged, and inputs up to the end of the table."""
         with torch.no_grad():
-            levels = self.levels()
+            levels = self.on_grid(self.levels())
             y = codebook.lookup(x, levels, codebook.midpoints(levels))
             self._follow(x)
         if self.spec.role == "weight":

@@ -39,7 +39,7 @@ class LSQ(Quantizer):
 
     def trained_levels(self, x: Tensor) -> Tensor:
         """With the factor on the step's gradient: levels are proportional to it."""
-        return scale_gradient(self.levels(), gradient_factor(x, self.spec, self.spec.positive, self.grad_scale))
+        return self.on_grid(scale_gradient(self.levels(), gradient_factor(x, self.spec, self.spec.positive, self.grad_scale)))
 
     def step_for(self, x: Tensor) -> Tensor:
         """The step in the shape that meets x, its gradient scaled."""

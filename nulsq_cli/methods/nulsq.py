@@ -23,6 +23,8 @@ class NuLSQ(Quantizer):
             of zero; `none` by 1.
     """
 
+    learned_shape = True
+
     def __init__(self, spec: QuantSpec, *, grad_scale: str = "none") -> None:
         super().__init__(spec)
         self.grad_scale = grad_scale
@@ -40,14 +42,14 @@ class NuLSQ(Quantizer):
         return table if self.spec.granularity == "channel" else table[0]
 
     def trained_levels(self, x: Tensor) -> Tensor:
-        """With the factor on the gaps' gradient."""
+        """On the grid if there is one, and with the factor on the gaps' gradient."""
         below, above = self.gaps.split([self.spec.negative, self.spec.positive], dim=1)
         scaled = [
             scale_gradient(side, gradient_factor(x, self.spec, side.shape[1], self.grad_scale))
             for side in (below, above)
             if side.shape[1]
         ]
-        return self.levels(torch.cat(scaled, 1))
+        return self.on_grid(self.levels(torch.cat(scaled, 1)))
 
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""

@@ -40,7 +40,7 @@ def _methods(r: Recipe) -> list[str]:
     ]  # fmt: skip
     wrong = []
     for key, method, *wanted in asked:
-        if what := METHODS[method].complaint(*wanted):
+        if what := METHODS[method].complaint(*wanted, q.grid):
             wrong.append(f"{key}: {method} {what}")
     known = METHODS[q.method].options
     for name in q.options:

@@ -216,11 +216,12 @@ class Stabilizer(Section):
 
 
 class Quant(Section):
-    """What is quantized, and how."""
+    """What is quantized, and how. `grid: int8` keeps levels on a scale times integers, as runtimes for int8 compute."""
 
     bits: Bits = _Bits(3, 3)
     method: MethodName = "nulsq-wa"
     granularity: Literal["tensor", "channel"] = "tensor"
+    grid: Literal["float", "int8"] = "float"
     init: Init = Init()
     signed: AutoOrBool = "auto"
     first_last: FirstLast = FirstLast()
