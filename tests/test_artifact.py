@@ -46,7 +46,8 @@ def good(tmp_path_factory):
 
 @pytest.mark.parametrize(("bits", "method", "more"), [
     ("2/2", "nulsq-wa", {}), ("3/3", "nulsq-a", {}), ("4/4", "nulsq-w", {"granularity": "channel"}), ("5/8", "lsq", {}),
-    ("3/32", "lsq", {"granularity": "channel"}), ("32/4", "nulsq-a", {"first_last_bits": Bits(32, 32)}), ("3/3", "nulsq-wa", {"grid": "int8", "granularity": "channel"}),
+    ("3/32", "lsq", {"granularity": "channel"}), ("32/4", "nulsq-a", {"first_last_bits": Bits(32, 32)}),
+    ("3/3", "nulsq-wa", {"grid": "int8", "granularity": "channel"}),
     ("4/32", "nulsq-w", {"grid": "int8"}),
 ])  # fmt: skip
 def test_the_file_computes_exactly_what_the_model_computes(tmp_path, bits, method, more):
@@ -88,8 +89,8 @@ def test_the_reader_in_the_documentation_gets_the_weights_bit_for_bit(tmp_path, 
     for name in weights if meta["grid"] == "int8" else ():
         scale, codes = integers(meta, tensors, name)
         assert np.array_equal(codes.astype(np.float32) * scale, weights[name])
-        inputs = model.get_submodule(name).input_quantizer.codebook(torch.zeros(1))
-        assert np.array_equal(tensors[f"{name}.act.levels_q8"].astype(np.int16) - tensors[f"{name}.act.zero_point"], inputs.integers)
+        stored = tensors[f"{name}.act.levels_q8"].astype(np.int16) - tensors[f"{name}.act.zero_point"]
+        assert np.array_equal(stored, model.get_submodule(name).input_quantizer.codebook(torch.zeros(1)).integers)
     assert set(weights) == {"conv1", "linear", *(f"layer{k}.0.conv{j}" for k in (1, 2, 3) for j in (1, 2))}
     for name, weight in weights.items():
         assert np.array_equal(weight, model.get_submodule(name).quantized_weight().detach().numpy())

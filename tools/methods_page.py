@@ -16,11 +16,11 @@ in `quant.rules`; options go under `quant.options`. All leave as the same packed
 codes of b bits; what a formula does before or after rounding is folded into the tables. g is the gradient of the loss to
 y; b the bits; "unsigned" inputs are those without negatives, as after ReLU. How to add one: [add-a-method.md](add-a-method.md).
 
-With `--grid int8` (`quant.grid`) every level is a scale times an integer of 8 bits, in training as in evaluation: what runtimes for
-int8 compute exactly. The scale keeps the proportion to the largest level that left the least error when the steps started; levels
-go to the nearest integer, gradients to them straight through; thresholds are the midpoints where the method rounds to the nearest
-level, else its own. Tables that keep their ratios lie on such a grid as they are. 256 levels that are learned one by one, or have
-no zero, do not fit; a recipe that asks for that is refused.
+With `--grid int8` (`quant.grid`) every level is a scale times an integer of 8 bits, in training as in evaluation: what
+runtimes for int8 compute exactly. The scale keeps the proportion to the largest level that left the least error when the
+steps started; levels go to the nearest integer, gradients to them straight through; thresholds are the midpoints where the
+method rounds to the nearest level, else its own. Tables that keep their ratios lie on such a grid as they are. 256 levels
+that are learned one by one, or have no zero, do not fit; a recipe that asks for that is refused.
 
 | method | idea |
 |---|---|

@@ -56,8 +56,9 @@ class Method:
             if width != FLOAT_BITS and width > most:
                 return f"has {side} of at most {most} bits, asked for {width}"
         if grid != "float":
-            weights, *inputs = self.widest_on_grid
-            for side, width, most in (("weights", bits.weights, weights), ("activations", bits.activations, inputs[bool(signed)])):
+            most_weights, *most_inputs = self.widest_on_grid
+            for side, width, most in (("weights", bits.weights, most_weights),
+                                      ("activations", bits.activations, most_inputs[bool(signed)])):  # fmt: skip
                 if width != FLOAT_BITS and width > most:
                     return f"has {side} of at most {most} bits on an {grid} grid, asked for {width}"
         if granularity == "channel" and not self.per_channel and bits.weights != FLOAT_BITS:
