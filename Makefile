@@ -10,4 +10,4 @@ test: ## everything
 	pytest
 
 bench: ## the short form of the benchmarks
-	python benchmarks/quantizer.py --short
+	for claim in quantizer step memory evaluation startup; do python benchmarks/$$claim.py --short || exit 1; done

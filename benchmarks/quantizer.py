@@ -1,76 +1,129 @@
-"""The compiled quantizer loops against the eager functions they copy: forward and backward, paired in one process.
+"""A quantizer alone, forward and backward: against the eager truth, against its floor, and against the authors' code.
 
-    python benchmarks/quantizer.py [--short]
+    python benchmarks/quantizer.py [--short] [--reference PATH]
 
-One JSON line per case, then a table: median ratio eager / compiled over rounds that alternate, with the
-smallest and largest ratio. Both sides are checked against each other before anything is timed.
+The floor is memory: forward reads x and writes y, backward reads x and g and writes dx. `floor` is the share of the
+bandwidth of `copy_` into an existing buffer, measured in the same rounds, that forward and backward together reach.
+`growth` is the time at these bits over that at 2 bits. A ratio is a median over rounds; the spread is in the JSON lines.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import statistics
 import time
 
 import torch
+from pairing import Report, alternate, arguments, compiled, ratio, rounds, seconds
+from torch import Tensor
 
-from nulsq_cli.ops import codebook, fused, grid
+from nulsq_cli.methods.base import Quantizer
+from nulsq_cli.methods.lsq import LSQ
+from nulsq_cli.methods.nulsq import NuLSQ
+from nulsq_cli.values import QuantSpec
+
+OPS = ("levels", "signed levels", "grid")
+BITS = (2, 3, 4)
 
 
-def seconds(function) -> float:
+def make(op: str, bits: int) -> Quantizer:
+    """A quantizer whose levels reach to 3, its gaps growing a little where they may."""
+    spec = QuantSpec(bits, signed=op == "signed levels", role="activation")
+    if op == "grid":
+        quantizer: Quantizer = LSQ(spec)
+        quantizer.step.data.fill_(3 / spec.positive)
+    else:
+        quantizer = NuLSQ(spec)
+        sizes = (torch.arange(spec.gaps) - spec.negative + 0.5).abs() ** 0.3
+        quantizer.gaps.data[0] = 3 * sizes / sizes[spec.negative :].sum()
+    return quantizer.train()
+
+
+def run(quantize, x: Tensor, g: Tensor, parameter: Tensor) -> tuple[float, float, list[Tensor]]:
+    """(seconds forward, seconds backward, output and gradients)."""
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    y = quantize(x)
+    middle = time.perf_counter()
+    grads = torch.autograd.grad(y, (x, parameter), g)
+    return middle - start, time.perf_counter() - middle, [y.detach(), *grads]
 
 
-def compare(eager, compiled, rounds: int) -> tuple[float, float, float]:
-    for function in (eager, compiled, eager, compiled):
-        function()
-    ratios = [seconds(eager) / seconds(compiled) for _ in range(rounds)]
-    return min(ratios), statistics.median(ratios), max(ratios)
+def check(quantizer: Quantizer, x: Tensor, g: Tensor) -> None:
+    """The compiled loops give what the eager functions give, or the benchmark ends here."""
+    found = []
+    for on in (False, True):
+        compiled(on)
+        found.append(run(quantizer.quantize, x, g, quantizer.steps()[0])[2])
+    (y, dx, dp), (fast_y, fast_dx, fast_dp) = found
+    torch.testing.assert_close(fast_y, y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fast_dx, dx, rtol=0, atol=0)
+    # Both sum millions of terms of either sign; their size, not the sum's, sets the scale of rounding.
+    torch.testing.assert_close(fast_dp, dp, rtol=1e-3, atol=1e-6 * float(g.abs().sum()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--short", action="store_true")
-    rounds = 9 if parser.parse_args().short else 31
-    if not fused.use(True):
-        raise SystemExit("nothing to compile with on this machine")
+    parser = arguments(__doc__, reference=True)
+    options = parser.parse_args()
+    shape = (2, 8, 8, 8) if options.tiny else (32, 64, 28, 28) if options.short else (32, 64, 56, 56)
+    count = rounds(options, 7, 21)
+    reference = None
+    if options.reference:
+        from reference import Reference
+
+        reference = Reference(options.reference)
+    report = Report("quantizer")
     torch.manual_seed(0)
-    x, g = torch.randn(128, 16, 32, 32).relu_(), torch.randn(128, 16, 32, 32)
-    rows = []
-    for bits in (2, 3, 4):
-        levels = torch.linspace(0, 3, 2**bits) ** 1.3
-        cuts, step, top = codebook.midpoints(levels), torch.tensor([3 / (2**bits - 1)]), 2**bits - 1
+    noise, g = torch.randn(shape), torch.randn(shape)
+    buffer = torch.empty(shape)
+    for op in OPS:
+        x = (noise if op == "signed levels" else noise.relu()).requires_grad_()
+        alternatives = {"copy": lambda x=x: seconds(lambda: buffer.copy_(x.detach()))}
+        parts: dict[str, list[tuple[float, float]]] = {}
 
-        def eager_levels(levels=levels, cuts=cuts):
-            y = torch.where(x.isnan(), x, codebook.decode(codebook.encode(x, cuts), levels))
-            return y, *codebook.backward_eager(g, x, levels)
+        def timed(name: str, on: bool, quantize, parameter: Tensor, x: Tensor = x, parts=parts):
+            def once() -> float:
+                compiled(on)
+                forward, backward, _ = run(quantize, x, g, parameter)
+                parts.setdefault(name, []).append((forward, backward))
+                return forward + backward
 
-        def compiled_levels(levels=levels, cuts=cuts):
-            return fused.lookup(x, levels, cuts), *fused.levels_backward(g, x, levels)
+            return once
 
-        def eager_grid(step=step, top=top):
-            return (x / step).clamp_(0, top).round_() * step, *grid.backward_eager(g, x, step, 0, top)
+        for bits in BITS:
+            quantizer = make(op, bits)
+            check(quantizer, x, g)
+            for kind, on in (("ours", True), ("eager", False)):
+                name = f"{kind} {bits}"
+                alternatives[name] = timed(name, on, quantizer.quantize, quantizer.steps()[0])
+            if reference is not None:
+                ends = quantizer.spec.negative
+                own = quantizer.steps()[0].detach().flatten()
+                if op == "signed levels":
+                    own = torch.cat((own[:ends].flip(0), own[ends:]))
+                theirs, parameter = reference.quantizer(op, bits, own)
+                alternatives[f"authors {bits}"] = timed(f"authors {bits}", False, theirs, parameter)
+        times = alternate(alternatives, count)
+        for bits in BITS:
+            name = f"ours {bits}"
+            forward, backward = ([part[i] for part in parts[name][-count:]] for i in (0, 1))
+            floors = [2.5 * copy / both for copy, both in zip(times["copy"], times[name], strict=True)]
+            eager, growth = ratio(times, f"eager {bits}", name), ratio(times, name, "ours 2")
+            case = {
+                "op": op, "bits": bits, "shape": list(shape), "forward_ms": 1e3 * statistics.median(forward),
+                "backward_ms": 1e3 * statistics.median(backward), "eager": eager["ratio"],
+                "eager_spread": [eager["least"], eager["most"]], "floor": statistics.median(floors),
+                "floor_forward": statistics.median(c / f for c, f in zip(times["copy"], forward, strict=True)),
+                "floor_backward": statistics.median(1.5 * c / b for c, b in zip(times["copy"], backward, strict=True)),
+                "floor_spread": [min(floors), max(floors)], "growth": growth["ratio"],
+                "growth_spread": [growth["least"], growth["most"]],
+                "copy_gb_per_s": 8e-9 * x.numel() / statistics.median(times["copy"]),
+            }  # fmt: skip
+            if reference is not None:
+                theirs = ratio(times, f"authors {bits}", name)
+                case |= {"authors": theirs["ratio"], "authors_spread": [theirs["least"], theirs["most"]]}
+            report.add(**case, rounds=count)
+    columns = ["op", "bits", "forward_ms", "backward_ms", "eager", "floor", "growth"]
+    report.table(columns + (["authors"] if reference is not None else []))
 
-        def compiled_grid(step=step, top=top):
-            return fused.grid(x, step, 0, top), *fused.grid_backward(g, x, step, 0, top)
 
-        for name, eager, compiled in (("levels", eager_levels, compiled_levels), ("grid", eager_grid, compiled_grid)):
-            for a, b in zip(eager(), compiled(), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
-            low, middle, high = compare(eager, compiled, rounds)
-            row = {
-                "op": name,
-                "bits": bits,
-                "eager_over_compiled": round(middle, 2),
-                "least": round(low, 2),
-                "most": round(high, 2),
-            }
-            print(json.dumps({**row, "shape": list(x.shape), "threads": torch.get_num_threads(), "torch": torch.__version__}))
-            rows.append(row)
-    print(f"\n{'op':8} {'bits':>4} {'eager / compiled':>17}  (least .. most)")
-    for r in rows:
-        print(f"{r['op']:8} {r['bits']:4} {r['eager_over_compiled']:17.1f}  ({r['least']:.1f} .. {r['most']:.1f})")
-
-
-main()
+if __name__ == "__main__":
+    main()
