@@ -2,14 +2,13 @@
 
     python benchmarks/memory.py [--short] [--reference PATH]
 
-`kept_mb` is what is allocated during the forward pass and still there after it (PyTorch's profiler counts every allocation,
-whoever makes it). `saved_mb` is what autograd itself holds: the unique storages of saved tensors, without parameters,
-buffers and images. `ratio` is that of `kept_mb`. There is nothing to repeat: the same bytes come out in every run.
+`kept_mb` is what is allocated during the forward pass and still there after it, the loss not counted: the unique storages
+that wait for backward, whoever holds them. PyTorch's profiler counts allocations themselves; hooks on saved tensors would
+not see what layers pack by hooks of their own. There is nothing to repeat: the same bytes come out in every run.
 """
 
 from __future__ import annotations
 
-import torch
 from cases import Case, Step, cases, variants
 from pairing import Report, arguments, compiled
 from torch.profiler import ProfilerActivity, profile
@@ -23,24 +22,6 @@ def kept(step: Step) -> int:
     return live - loss.untyped_storage().nbytes()
 
 
-def saved(step: Step) -> int:
-    """Bytes of the unique storages of tensors that autograd saves, without those that are there anyway."""
-    known = [*step.model.parameters(), *step.model.buffers(), step.images, step.target]
-    there = {tensor.untyped_storage().data_ptr() for tensor in known}
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step.loss()
-    del loss
-    return sum(found.values())
-
-
 def measure(case: Case, options, report: Report) -> None:
     """One model: float and all variants."""
     compiled(True)
@@ -52,10 +33,9 @@ def measure(case: Case, options, report: Report) -> None:
         if row["code"] == "ours" and row["bits"] != 32:
             step.check()
         step()  # whatever is allocated once and for all
-        bytes_kept, bytes_saved = kept(step), saved(step)
-        base = bytes_kept if base is None else base
-        report.add(model=case.model, batch=case.batch, side=case.side, **row, kept_mb=bytes_kept / 1e6,
-                   saved_mb=bytes_saved / 1e6, ratio=bytes_kept / base)  # fmt: skip
+        found = kept(step)
+        base = found if base is None else base
+        report.add(model=case.model, batch=case.batch, side=case.side, **row, kept_mb=found / 1e6, ratio=found / base)
 
 
 def main() -> None:
@@ -63,7 +43,7 @@ def main() -> None:
     report = Report("memory")
     for case in cases(options, short=(32, 2), full=(128, 16)):
         measure(case, options, report)
-    report.table(["model", "batch", "code", "method", "bits", "kept_mb", "saved_mb", "ratio"])
+    report.table(["model", "batch", "code", "method", "bits", "kept_mb", "ratio"])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nulsq_cli.ops import fused
+from nulsq_cli.ops import fast
 from nulsq_cli.version import __version__
 
 Alternative = Callable[[], float]
@@ -121,5 +121,5 @@ def _cell(value: Any) -> str:
 
 def compiled(on: bool) -> None:
     """Let the quantizers run by their compiled loops, or by the eager functions that are the truth."""
-    if fused.use(on) is not on:
+    if fast.use(on) is not on:
         raise SystemExit("error: nothing to compile with on this machine")

@@ -75,7 +75,9 @@ class Quantizer(nn.Module):
         Args:
             x: as in `codebook`.
         """
-        return Codebook(self.levels().detach(), self.thresholds().detach())
+        levels = self.levels().detach()
+        midway = type(self).thresholds is Quantizer.thresholds  # then levels are not computed twice, for every batch
+        return Codebook(levels, codebook.midpoints(levels) if midway else self.thresholds().detach())
 
     @torch.no_grad()
     def codebook(self, x: Tensor) -> Codebook:
