@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.ops import codebook
+from nulsq_cli.ops.remake import instead_of_keeping
 from nulsq_cli.values import Codebook
 
 
@@ -41,7 +42,9 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on its quantized input and weight."""
-        return self.compute(self.quantized_input(x), self.quantized_weight())
+        x, weight = self.quantized_input(x), self.quantized_weight()
+        with instead_of_keeping(x, weight):
+            return self.compute(x, weight)
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""

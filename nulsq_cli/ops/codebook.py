@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.ops import fast, traced
+from nulsq_cli.ops.remake import made_by
 
 
 def midpoints(levels: Tensor) -> Tensor:
@@ -98,11 +99,15 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
 
 
+def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+    return lookup(x, levels, midpoints(levels))
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, levels: Tensor) -> Tensor:
         ctx.save_for_backward(x, levels)
-        return lookup(x, levels, midpoints(levels))
+        return _nearest(x, levels)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,4 +167,4 @@ def quantize_to_levels(x: Tensor, levels: Tensor) -> Tensor:
 
     Source: nuLSQ, ACCV 2024; with even levels, LSQ, arXiv:1902.08153, eq. 3.
     """
-    return _StraightThrough.apply(x, levels)
+    return made_by(_StraightThrough.apply(x, levels), _nearest, x, levels)

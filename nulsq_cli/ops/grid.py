@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.ops import fast, traced
+from nulsq_cli.ops.remake import made_by
+
+
+def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return traced.grid(x, step, lowest, highest)
+    if (loops := fast.loops(x, 0, step.numel())) is not None:
+        return loops.grid(x, step, lowest, highest)
+    return (x / step).clamp_(lowest, highest).round_() * step
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -13,11 +22,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.ends = lowest, highest  # type: ignore[attr-defined]
-        if torch.compiler.is_compiling():
-            return traced.grid(x, step, lowest, highest)
-        if (loops := fast.loops(x, 0, step.numel())) is not None:
-            return loops.grid(x, step, lowest, highest)
-        return (x / step).clamp_(lowest, highest).round_() * step
+        return _nearest(x, step, lowest, highest)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,4 +67,4 @@ def quantize_to_grid(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tens
 
     Source: LSQ, arXiv:1902.08153, eq. 1-3.
     """
-    return _StraightThrough.apply(x, step, lowest, highest)
+    return made_by(_StraightThrough.apply(x, step, lowest, highest), _nearest, x, step, lowest, highest)

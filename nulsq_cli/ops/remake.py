@@ -1,0 +1,65 @@
+"""Quantized tensors are made again in the backward pass instead of being kept for it.
+
+What a quantizer reads is kept anyway: a ReLU's result by the ReLU, a weight by the model. What it writes follows from
+that and a small table, so a layer that would keep it keeps how it was made. The second making has the bits of the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Way:
+    """How a tensor was made: a function without a gradient, and what it was called with."""
+
+    __slots__ = ("arguments", "make", "versions")
+
+    def __init__(self, make: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+        self.make, self.arguments, self.versions = make, arguments, _versions(arguments)
+
+    def __call__(self) -> Tensor:
+        if _versions(self.arguments) != self.versions:
+            raise RuntimeError("a tensor that a quantizer read was changed in place between forward and backward")
+        with torch.no_grad():
+            return self.make(*self.arguments)
+
+
+def _versions(arguments: tuple[Any, ...]) -> list[int]:
+    return [value._version for value in arguments if isinstance(value, Tensor)]
+
+
+def made_by(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """y, with a note that `make(*arguments)` gives its bits, in its layout, once more."""
+    if not torch.compiler.is_compiling() and y.requires_grad:
+        y._nulsq_way = _Way(make, arguments)  # type: ignore[attr-defined]
+    return y
+
+
+def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """What is computed inside from these tensors, or from views of them, makes them again in its backward pass.
+
+    Those without a note from `made_by` are kept as usual. Compilers decide themselves what to make twice.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    ways = {t.untyped_storage().data_ptr(): t._nulsq_way for t in tensors if hasattr(t, "_nulsq_way")}
+    if not ways:
+        return contextlib.nullcontext()
+
+    def pack(kept: Tensor) -> Any:
+        way = ways.get(kept.untyped_storage().data_ptr())
+        return kept if way is None else (way, kept.shape, kept.stride(), kept.storage_offset())
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    way, *view = packed
+    return way().as_strided(*view)
