@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nulsq_cli.ops import fast, traced
+from nulsq_cli.ops import fast, native, traced
 from nulsq_cli.ops.remake import made_by
 
 
@@ -94,12 +94,14 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     """Quantize without a gradient: `decode(encode(x))`, and NaN stays NaN."""
     if torch.compiler.is_compiling():
         return traced.lookup(x, levels, thresholds)
-    if (loops := fast.loops(x, levels.shape[-1], levels.numel() // levels.shape[-1])) is not None:
+    if (loops := fast.loops(x, levels)) is not None:
         return loops.lookup(x, levels, thresholds)
     return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and fast.loops(x, levels) is native:
+        return native.lookup(x, levels, None)
     return lookup(x, levels, midpoints(levels))
 
 
@@ -115,8 +117,7 @@ class _StraightThrough(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return traced.levels_backward(grad, x, levels)
         # A derivative of this derivative is asked for where gradients are recorded: the eager function has one.
-        tables = levels.numel() // levels.shape[-1]
-        loops = None if torch.is_grad_enabled() else fast.loops(x, levels.shape[-1], tables, trained=True)
+        loops = None if torch.is_grad_enabled() else fast.loops(x, levels, trained=True)
         return (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nulsq_cli.ops import fused, native
 
 _wanted = True
+_PLAIN = (Tensor, nn.Parameter)  # not one that only stands for another, as while a model is exported
 
 
 def use(wanted: bool, *, accelerators: bool = False) -> bool:
@@ -29,18 +30,20 @@ def use(wanted: bool, *, accelerators: bool = False) -> bool:
     return wanted and native.library() is not None
 
 
-def loops(x: Tensor, levels: int, tables: int = 1, *, trained: bool = False) -> ModuleType | None:
+def loops(x: Tensor, table: Tensor, *, grid: bool = False, trained: bool = False) -> ModuleType | None:
     """The module whose functions take x; None for the eager ones.
 
     Args:
         x: what is quantized.
-        levels: how many levels a table has; 0 for the even grid.
-        tables: how many tables there are.
+        table: its levels, (K,) or (C, K), or its steps.
+        grid: whether they are steps.
         trained: whether a gradient to the levels is asked for.
     """
-    if not _wanted or x.dtype != torch.float32 or x.numel() == 0:
+    if not (_wanted and type(x) in _PLAIN and x.dtype is table.dtype is torch.float32 and x.numel() and x.device == table.device):
         return None
+    levels = 0 if grid else table.shape[-1]
     if x.is_cpu:
         fits = levels <= (native.LARGEST_TRAINED_TABLE if trained else native.LARGEST_TABLE)
         return native if fits and native.library() is not None else None
-    return fused if tables == 1 and levels <= fused.LARGEST_TABLE and fused.active() else None
+    one = table.numel() == (1 if grid else levels)
+    return fused if one and levels <= fused.LARGEST_TABLE and fused.active() else None

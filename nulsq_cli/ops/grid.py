@@ -12,7 +12,7 @@ from nulsq_cli.ops.remake import made_by
 def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     if torch.compiler.is_compiling():
         return traced.grid(x, step, lowest, highest)
-    if (loops := fast.loops(x, 0, step.numel())) is not None:
+    if (loops := fast.loops(x, step, grid=True)) is not None:
         return loops.grid(x, step, lowest, highest)
     return (x / step).clamp_(lowest, highest).round_() * step
 
@@ -29,7 +29,7 @@ class _StraightThrough(torch.autograd.Function):
         x, step = ctx.saved_tensors  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():
             return *traced.grid_backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
-        loops = None if torch.is_grad_enabled() else fast.loops(x, 0, step.numel())  # as in codebook.py
+        loops = None if torch.is_grad_enabled() else fast.loops(x, step, grid=True)  # as in codebook.py
         backward = backward_eager if loops is None else loops.grid_backward
         return *backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
 

@@ -130,6 +130,13 @@ def test_the_ops_take_the_loops_and_stop_when_told(monkeypatch):
     assert calls == ["lookup"]
 
 
+def test_a_table_of_another_type_is_left_to_the_eager_functions():
+    x, levels = torch.linspace(-2, 2, 60), torch.tensor([-1, 0, 0.1, 1.5], dtype=torch.float64)
+    assert torch.equal(codebook.quantize_to_levels(x, levels), codebook.quantize_to_levels(x.double(), levels))
+    step = torch.tensor([0.3], dtype=torch.float64)
+    assert torch.equal(grid.quantize_to_grid(x, step, -2, 3), grid.quantize_to_grid(x.double(), step, -2, 3))
+
+
 @pytest.mark.slow
 def test_the_loops_of_accelerators_compile_and_compute_the_same(eager):
     if not fused.use(True, "cpu"):
