@@ -55,7 +55,7 @@ MISTAKES = [
     ("quant: {method: [lsq]}", "quant.method: no method called ['lsq']"),
     ("quant: {init: {weights: nmes}}", "quant.init.weights: no initializer called 'nmes'; did you mean 'nmse'?"),
     ("quant: {signed: maybe}", "quant.signed: must be auto, true or false, got 'maybe'"),
-    ("engine: {compile: [1]}", "engine.compile: must be auto, true or false, got [1]"),
+    ("engine: {compile: [1]}", "engine.compile: must be auto, true, false or model, got [1]"),
     ("engine: {amp: bf16}", "engine.amp: must be 'bfloat16' or 'float16', got 'bf16' (did you mean 'bfloat16'?)"),
     ("quant: {granularity: layer}", "quant.granularity: must be 'tensor' or 'channel', got 'layer'"),
     ("quant: {grid: int4}", "quant.grid: must be 'float' or 'int8', got 'int4'"),

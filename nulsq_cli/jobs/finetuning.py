@@ -25,6 +25,7 @@ from nulsq_cli.jobs.targets import check_top1, export
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fast
 from nulsq_cli.training import checkpoint, datasets
+from nulsq_cli.training.compiled import compile_whole
 from nulsq_cli.training.engine import Trainer
 from nulsq_cli.training.threads import settle_threads, threads_kept
 from nulsq_cli.training.world import World, join
@@ -131,6 +132,8 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
         progress = (here.notes["progress"] if here else vars(before.progress) if before else {}) or {}
         scores = progress.get("notes", {}).get("instability", {})
         stopped = hold_still(now, stretch.phases[0], scores)
+        if r.engine.compile == "model":
+            compile_whole(now)
         trainer = stretch_trainer(r, stretch, now, teacher, splits, config, world, folder, show)
         if here:
             trainer.restore(here)
@@ -195,8 +198,9 @@ def _run_folder(r: recipe.Recipe, folder: Path | None, resume: str | None) -> Pa
 def _choose_quantizer_speed(r: recipe.Recipe, splits: session.Splits, config: dict[str, Any], world: World, show: Any) -> None:
     """C++ loops on CPUs, built once on a machine; on accelerators torch compiles some for this run, where that pays."""
     pixels = len(splits.train) * r.schedule.epochs * config["input_size"][1] * config["input_size"][2]
-    compiled = world.device.type != "cpu" and (r.engine.compile is True or pixels > WORTH_COMPILING)
-    if compiled and r.engine.compile is not False and str(r.quant.bits) != "32/32":
+    worth = r.engine.compile is True or (r.engine.compile == "auto" and pixels > WORTH_COMPILING)
+    compiled = world.device.type != "cpu" and worth
+    if compiled and str(r.quant.bits) != "32/32":
         show.say("  compiling the quantizers ...")
     with world.one_first():
         fast.use(r.engine.compile is not False, accelerators=compiled)

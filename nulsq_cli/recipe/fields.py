@@ -55,6 +55,13 @@ def _auto_or_bool(value: Any) -> Any:
     return value
 
 
+def _compile(value: Any) -> Any:
+    try:
+        return value if value == "model" else _auto_or_bool(value)
+    except ValueError as reason:
+        raise ValueError(str(reason).replace("auto, true or false", "auto, true, false or model")) from reason
+
+
 def _ascending(pair: list[float]) -> list[float]:
     if pair[0] > pair[1]:
         raise ValueError(f"must go from the smaller to the larger number, got {pair}")
@@ -88,5 +95,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
 Count = Annotated[int, Field(ge=1), NUMBER]
 AtLeastZero = Annotated[int, Field(ge=0), NUMBER]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
+Compile = Annotated[Literal["auto", "model"] | bool, BeforeValidator(_compile)]
 Range = Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
 LayerPattern = Annotated[Name, AfterValidator(_pattern)]

@@ -14,6 +14,7 @@ from nulsq_cli.recipe.fields import (
     AutoOrBool,
     BelowOne,
     Bits,
+    Compile,
     Count,
     LayerPattern,
     MethodName,
@@ -288,7 +289,7 @@ class Ema(Section):
 
 
 class Engine(Section):
-    """Where and how it computes. `compile` is about the quantizers; auto compiles where it pays."""
+    """Where and how it computes. `compile` is about the quantizers; auto compiles where it pays, model compiles it whole."""
 
     device: str = "auto"
     amp: Literal["bfloat16", "float16"] | None = None
@@ -296,7 +297,7 @@ class Engine(Section):
     channels_last: bool = False
     sync_bn: bool = False
     dist_bn: Literal["reduce", "broadcast", "none"] = "reduce"
-    compile: AutoOrBool = "auto"
+    compile: Compile = "auto"
     deterministic: bool = False
 
 
