@@ -10,26 +10,23 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from nulsq_cli import header, tensorfile
 from nulsq_cli.errors import InputError
 from nulsq_cli.files import write_atomically
 from nulsq_cli.layers import LAYERS, QuantLayer, quant_layers
 from nulsq_cli.methods.base import Quantizer, Table
-from nulsq_cli.models import create_float_model
+from nulsq_cli.models import first_line, rebuild
 from nulsq_cli.ops import bits as packing
 from nulsq_cli.ops import codebook, integer
 from nulsq_cli.ops.integer import ZERO_POINT
 from nulsq_cli.values import Codebook, QuantSpec
 
 VERSION = "1.1"
-KEY = "nulsq"
 PARTS = ("weight.codes", "weight.levels", "weight.levels_i8", "weight.scale", "act.levels", "act.thresholds",
          "act.levels_q8", "act.scale", "act.zero_point")  # fmt: skip
 """What the file holds of a quantized layer in place of its weight."""
-
-LARGEST_HEADER = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ class Artifact:
     def codes(self, layer: str) -> Tensor:
         """The weight codes of a layer in the weight's own shape, uint8."""
         entry = self.meta["layers"][layer]
-        count = torch.Size(entry["shape"]).numel()
-        stream = packing.unpack(self.tensors[f"{layer}.weight.codes"].numpy(), entry["weight_bits"], count)
+        packed = self.tensors[f"{layer}.weight.codes"].numpy()
+        stream = packing.unpack(packed, entry["weight_bits"], header.elements(entry))
         return torch.from_numpy(stream).view(entry["shape"])
 
 
@@ -89,14 +86,14 @@ def save(path: Path, model: nn.Module, meta: dict[str, Any]) -> Sizes:
     packed = sum(t.numel() for key, t in tensors.items() if key.endswith(".weight.codes"))
     rest, float_bytes = _rest(model, quantized)
     tensors |= rest
-    header = {
+    note = {
         **{key: value for key, value in meta.items() if key != "counts"},
         "format": "nulsq", "format_version": VERSION, "packing": "lsb0", "tie": "strict_greater", "grid": _grid(quantized),
         "layers": entries, "float_bytes": float_bytes, "sha256": _digest(tensors),
     }  # fmt: skip
     tensors = {key: value.contiguous().clone() for key, value in sorted(tensors.items())}
-    canonical = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    content = safetensors.torch.save(tensors, metadata={KEY: canonical})
+    canonical = json.dumps(note, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    content = safetensors.torch.save(tensors, metadata={tensorfile.KEY: canonical})
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Sizes(len(content), float_bytes, packed, (ideal + 7) // 8)
 
@@ -153,7 +150,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for key in sorted(tensors):
         total.update(key.encode() + b"\0")
-        total.update(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -164,49 +161,41 @@ def read(path: Path) -> Artifact:
         InputError: missing, truncated, damaged, no nulsq file, of a newer version, or in contradiction with itself.
     """
     path = Path(path)
+
+    def look(meta: Any) -> None:
+        version = str(meta["format_version"])
+        if version.split(".")[0] != VERSION.split(".")[0]:
+            raise InputError(f"has format version {version[:20]}, this nulsq reads {VERSION}", where=path,
+                             fix="install a newer nulsq")  # fmt: skip
+        header.check(meta)
+
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-        if len(start) < 8 or int.from_bytes(start, "little") > min(LARGEST_HEADER, path.stat().st_size):
-            raise InputError("is truncated or no safetensors file", where=path)
-        with safetensors.safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})[KEY])
-            version = str(meta["format_version"])
-            if version.split(".")[0] != VERSION.split(".")[0]:
-                raise InputError(f"has format version {version}, this nulsq reads {VERSION}", where=path,
-                                 fix="install a newer nulsq")  # fmt: skip
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
-    except OSError as reason:
-        raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
-    except KeyError as reason:
-        raise InputError("is a safetensors file, but not one that nulsq wrote", where=path) from reason
-    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as reason:
-        raise InputError(f"is truncated or damaged: {str(reason).splitlines()[0]}", where=path) from reason
-    artifact = Artifact(path, meta, tensors)
-    try:
+        tensors, meta = tensorfile.read(path, look)
+        artifact = Artifact(path, meta, tensors)
         if meta["sha256"] != _digest(tensors):
             raise ValueError("its content does not match its checksum")
         for name, entry in meta["layers"].items():
             _check_layer(artifact, name, entry)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as reason:
-        what = f"{reason} is missing" if isinstance(reason, KeyError) else str(reason)
+    except OSError as reason:
+        raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
+    except tensorfile.ForeignError as reason:
+        raise InputError("is a safetensors file, but not one that nulsq wrote", where=path) from reason
+    except tensorfile.DamagedError as reason:
+        raise InputError(f"is truncated or damaged: {reason}", where=path) from reason
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as reason:
+        what = f"{str(reason)[:100]} is missing" if isinstance(reason, KeyError) else first_line(reason)
         raise InputError(f"is damaged: {what}", where=path, fix="export the run again") from reason
     return artifact
 
 
 def _check_layer(artifact: Artifact, name: str, entry: dict[str, Any]) -> None:
     shape = entry["shape"]
-    if not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"{name}: impossible shape {shape}")
-    for bits in (entry["weight_bits"], entry["act_bits"]):
-        if bits != 32 and not (type(bits) is int and 2 <= bits <= 8):
-            raise ValueError(f"{name}: impossible width {bits}")
     if entry["weight_bits"] < 32:
-        codes, levels = artifact.codes(name), artifact.tensors[f"{name}.weight.levels"]
+        levels = artifact.tensors[f"{name}.weight.levels"]
         if levels.ndim != 1 and tuple(levels.shape[:-1]) != (shape[0],):
             raise ValueError(f"{name}: its level table does not fit its shape")
         _check_table(name, levels, entry["weight_bits"])
-        if int(codes.max()) >= levels.shape[-1]:
+        if int(artifact.codes(name).max()) >= levels.shape[-1]:
             raise ValueError(f"{name}: a code has no level")
         _integers(artifact, f"{name}.weight", levels, "levels_i8", torch.int8)
     if entry["act_bits"] < 32:
@@ -214,6 +203,8 @@ def _check_layer(artifact: Artifact, name: str, entry: dict[str, Any]) -> None:
         _check_table(name, levels, entry["act_bits"])
         if levels.ndim != 1 or thresholds.shape != (len(levels) - 1,) or not _ascending(thresholds):
             raise ValueError(f"{name}: its activation tables do not fit each other")
+        if thresholds.dtype != torch.float32 or len(entry["act_counts"] or levels) != len(levels):
+            raise ValueError(f"{name}: its activation thresholds or counts do not fit its levels")
         _integers(artifact, f"{name}.act", levels, "levels_q8", torch.uint8)
 
 
@@ -252,9 +243,10 @@ def load(path: Path) -> tuple[nn.Module, Artifact]:
     artifact = read(path)
     meta = artifact.meta
     try:
-        arguments = dict(meta["arch_kwargs"])
-        model = create_float_model(meta["arch"], num_classes=meta["num_classes"], in_chans=arguments.pop("in_chans", None),
-                                   kwargs=arguments)  # fmt: skip
+        coded = {f"{n}.weight.codes": header.elements(e) for n, e in meta["layers"].items() if e["weight_bits"] < 32}
+        elements = sum(coded.get(key, tensor.numel()) for key, tensor in artifact.tensors.items())
+        model = rebuild(meta["arch"], {**meta["arch_kwargs"], "num_classes": meta["num_classes"]}, elements=elements,
+                        tensors=len(artifact.tensors), where=path)  # fmt: skip
         modules = dict(model.named_modules())
         for name, entry in meta["layers"].items():
             layer = modules[name]
@@ -266,8 +258,8 @@ def load(path: Path) -> tuple[nn.Module, Artifact]:
                 quantized.weight = nn.Parameter(weight, requires_grad=False)
             model.set_submodule(name, quantized)
         _fill(model, artifact)
-    except (KeyError, ValueError, TypeError, AttributeError) as reason:
-        raise InputError(f"does not fit its architecture: {reason}", where=path) from reason
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as reason:
+        raise InputError(f"does not fit its architecture: {first_line(reason)}", where=path) from reason
     return model.eval(), artifact
 
 

@@ -130,9 +130,24 @@ class Plan:
         """
         try:
             layers = tuple(LayerPlan(**{**p, "shape": tuple(p["shape"])}) for p in data["layers"])
+            for p in layers:
+                _check_stored(p)
+            Bits.parse(data["bits"])
+            if not isinstance(data["options"], dict) or type(data["float_bytes"]) is not int:
+                raise ValueError("its options or sizes are none")
             return cls(layers, data["bits"], data["method"], data["options"], data["float_bytes"])
-        except (KeyError, TypeError) as reason:
-            raise InputError(f"the stored plan is damaged: {reason}") from reason
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as reason:
+            raise InputError(f"the stored plan is damaged: {str(reason)[:200]}") from reason
+
+
+def _check_stored(p: LayerPlan) -> None:
+    widths = (*range(2, 9), FLOAT_BITS)
+    texts = (p.name, p.type, p.method, p.reason)
+    sound = all(isinstance(t, str) for t in texts) and all(type(n) is int and n > 0 for n in p.shape)
+    if not sound or p.weight_bits not in widths or p.input_bits not in widths:
+        raise ValueError(f"{p.name!r}: impossible shape or widths")
+    if p.signed not in (True, False, None) or p.granularity not in ("tensor", "channel"):
+        raise ValueError(f"{p.name!r}: impossible sign or granularity")
 
 
 @dataclass(frozen=True)
@@ -281,7 +296,9 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(model.named_modules())
     for entry in plan.layers:
         layer = modules.get(entry.name)
-        if layer is None or tuple(layer.weight.shape) != entry.shape:
+        if tuple(getattr(getattr(layer, "weight", None), "shape", ())) != entry.shape or (
+            entry.quantized and type(layer) not in LAYERS
+        ):
             raise InputError("the stored plan does not fit the model", where=entry.name)
         if not entry.quantized:
             continue

@@ -114,5 +114,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as reason:
         raise InputError(f"cannot be read: {reason.strerror}", where=path) from reason
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise InputError("is damaged (no valid JSON)", where=path, fix="restore it or start again") from reason

@@ -17,10 +17,10 @@ from nulsq_cli.convert import Plan, Policy, Rule, convert
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import read_json
 from nulsq_cli.layers import quant_layers
-from nulsq_cli.models import create_float_model, float_info
+from nulsq_cli.models import create_float_model, float_info, rebuild
 from nulsq_cli.stabilizers import make_stabilizers
 from nulsq_cli.stabilizers.base import Stabilizer
-from nulsq_cli.training import checkpoint, data, datasets, transforms
+from nulsq_cli.training import checkpoint, data, datasets, state, transforms
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
@@ -134,20 +134,31 @@ class Run:
     recipe: recipe.Recipe
     plan: Plan | None
 
+    def info(self) -> dict[str, Any]:
+        """What `describe_model` wrote."""
+        path = self.folder / "model.json"
+        found = read_json(path)
+        if not isinstance(found, dict) or {"architecture", "arguments", "data_cfg", "name"} - found.keys():
+            raise InputError("is damaged: it describes no model", where=path, fix="restore it, or start a new run")
+        transforms.check_config(found["data_cfg"], path)
+        return found
+
     def model(self) -> nn.Module:
         """The trained model at its best epoch, in evaluation mode."""
         best = self.folder / "checkpoints" / "best.safetensors"
         used = best if best.exists() else best.with_name("last.safetensors")
-        tensors, notes = checkpoint.load(used)
-        if used != best and notes["progress"]["best"]:
+        saved = checkpoint.Saved(used, *checkpoint.load(used))
+        if used != best and state.position(saved).best:
             raise InputError("is missing", where=best, fix="restore it, or start a new run")
-        info = read_json(self.folder / "model.json")
-        model = create_float_model(info["architecture"], kwargs=info["arguments"])
+        tensors = saved.tensors.get("ema") or saved.tensors.get("model", {})
+        info = self.info()
+        model = rebuild(info["architecture"], info["arguments"], elements=sum(t.numel() for t in tensors.values()),
+                        tensors=len(tensors), where=self.folder / "model.json")  # fmt: skip
         if self.plan is not None:
             convert(model, self.plan)
             stabilizers(self.recipe, model)  # the state that they left in layers is a part of the model
         try:
-            model.load_state_dict(tensors.get("ema") or tensors["model"])
+            model.load_state_dict(tensors)
         except (RuntimeError, KeyError) as reason:
             raise InputError("does not fit the run's plan", where=used) from reason
         return model.eval()
@@ -188,9 +199,10 @@ def target_model(target: str) -> tuple[nn.Module, str, recipe.Recipe | None, dic
     if kind == "artifact":
         model, packed = artifact.load(Path(target))
         stored = packed.meta.get("recipe")
+        transforms.check_config(packed.meta["data_cfg"], target)
         return model, kind, recipe.loads(stored) if stored else None, packed.meta["data_cfg"]
     run = read_run(Path(target))
-    return run.model(), kind, run.recipe, read_json(run.folder / "model.json")["data_cfg"]
+    return run.model(), kind, run.recipe, run.info()["data_cfg"]
 
 
 def describe_model(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -34,9 +35,9 @@ class Bits:
             UsageError: not two numbers around a slash, or a width that does not exist.
         """
         parts = str(text).split("/")
-        if len(parts) != 2 or not all(p.strip().isdigit() for p in parts):
+        if len(parts) != 2 or not all(re.fullmatch(r"\s*[0-9]{1,2}\s*", p) for p in parts):
             raise UsageError(
-                f"bits must be WEIGHTS/ACTIVATIONS, got {str(text)!r}",
+                f"bits must be WEIGHTS/ACTIVATIONS, got {str(text)[:40]!r}",
                 fix="write for instance 3/3, or 4/32 for weights only",
             )
         widths = cls(*(int(p) for p in parts))

@@ -192,7 +192,7 @@ def test_a_recipe_that_is_not_there(write, tmp_path):
 def test_files_that_are_no_recipes(write, tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert complaints(Path("bytes.yaml")) == ["bytes.yaml: is no text"]
-    write("#" * (source.LARGEST_FILE + 1), "large.yaml")
+    write("#" * (4 * source.LARGEST_TEXT + 1), "large.yaml")
     assert complaints(Path("large.yaml")) == ["large.yaml: is too large for a recipe"]
     assert complaints(write("description: \x01\n"))[0].startswith("r.yaml: is no valid YAML")
     letters = "abcdefghijklmnopqrs"

@@ -27,6 +27,7 @@ from nulsq_cli.ops import fast
 from nulsq_cli.training import checkpoint, datasets
 from nulsq_cli.training.compiled import compile_whole
 from nulsq_cli.training.engine import Trainer
+from nulsq_cli.training.state import misfit, position
 from nulsq_cli.training.threads import settle_threads, threads_kept
 from nulsq_cli.training.world import World, join
 from nulsq_cli.values import Score
@@ -81,8 +82,8 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     _choose_quantizer_speed(r, splits, config, world, show)
     show.say(f"  {session.float_info(model)['resolved']} · {len(splits.train)} training images"
              f" · {len(splits.validation)} in split {r.data.val_split!r} · {world.device}")  # fmt: skip
-    known = read_json(folder / "start.json") if resumed else None
-    start: dict[str, Score] = {} if known is None else {k: Score(**v) for k, v in known.items()}
+    known = _read_start(folder) if resumed else None
+    start = known or {}
     if known is None:
         start["float"] = session.score(model, splits.validation, splits.eval_transform, world, r)
     show.score("float", start["float"].top1, start["float"].top5, start["float"].samples)
@@ -114,7 +115,10 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
            teacher: nn.Module | None, splits: session.Splits, config: dict[str, Any], world: World, folder: Path,
            resumed: checkpoint.Saved | None, show: Any) -> Trainer:  # fmt: skip
     """Run all stretches, from the one in which a resumed run stood."""
-    at = resumed.notes["progress"]["notes"].get("stretch", 0) if resumed else 0
+    stood = position(resumed) if resumed else None
+    at = stood.notes.get("stretch", 0) if stood else 0
+    if at >= len(way):
+        raise misfit(resumed.path, ValueError(f"it stands in stretch {at + 1} of {len(way)}"))
     epochs, before = way[-1].end, None
     if epochs:
         show.heading(f"Fine-tuning for {epochs} epochs" + (f", {r.scheme_name}" if r.scheme_name != "plain" else ""))
@@ -129,9 +133,8 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
         now = model if before is None else before.model
         if skeleton is not None and (before is None or stretch.bits != way[number - 1].bits):
             now = _at_width(r, stretch, now, skeleton, plan, splits, config, world, show, start=here is None)
-        progress = (here.notes["progress"] if here else vars(before.progress) if before else {}) or {}
-        scores = progress.get("notes", {}).get("instability", {})
-        stopped = hold_still(now, stretch.phases[0], scores)
+        progress = stood if here else before.progress if before else None
+        stopped = hold_still(now, stretch.phases[0], progress.notes.get("instability", {}) if progress else {})
         if r.engine.compile == "model":
             compile_whole(now)
         trainer = stretch_trainer(r, stretch, now, teacher, splits, config, world, folder, show)
@@ -222,6 +225,15 @@ def _write_start(folder: Path, r: recipe.Recipe, model: nn.Module, config: dict[
     write_json(folder / "env.json", environment())
     write_json(folder / "start.json", {key: vars(value) for key, value in start.items()})
     write_text(folder / "recipe.yaml", r.to_yaml())
+
+
+def _read_start(folder: Path) -> dict[str, Score]:
+    path = folder / "start.json"
+    try:
+        found = {key: Score(**value) for key, value in read_json(path).items()}
+        return {key: found[key] for key in ("float", "init")}
+    except (AttributeError, TypeError, KeyError) as reason:
+        raise InputError("is damaged: it has no accuracies", where=path, fix="restore it, or start a new run with -o") from reason
 
 
 def _finish(r: recipe.Recipe, folder: Path, trainer: Trainer, splits: session.Splits, plan: Plan, start: dict[str, Score],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nulsq_cli import artifact, recipe, session
 from nulsq_cli.convert import make_plan
 from nulsq_cli.errors import CheckFailedError, InputError, UsageError
-from nulsq_cli.files import read_json, write_json
+from nulsq_cli.files import write_json
 from nulsq_cli.models import create_float_model, list_models
 from nulsq_cli.report import entropy as entropy_report
 from nulsq_cli.training import datasets, transforms
@@ -70,7 +70,7 @@ def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | Non
     if run.plan is None or all(not p.quantized for p in run.plan.layers):
         raise UsageError("is a float run, there is nothing to pack", where=folder, fix="fine-tune with --bits 3/3")
     model = (model or run.model()).cpu().to(memory_format=torch.contiguous_format).eval()
-    info = read_json(folder / "model.json")
+    info = run.info()
     config = info["data_cfg"]
     images, real = _some_images(run.recipe, config)
     # Noise would do for comparing outputs, but its histogram says nothing about this network.

@@ -165,7 +165,7 @@ def _build(name: str, entry: str, pretrained: bool, arguments: Mapping[str, Any]
             ) from error
         if entry.startswith("local-dir:"):
             raise InputError(f"not a model folder: {first_line(error)}", where=entry) from error
-        if isinstance(error, (TypeError, ValueError, AssertionError, RuntimeError, KeyError)) and arguments:
+        if arguments:
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
             raise UsageError(
                 f"{name} cannot be built with {given}: {first_line(error)}",

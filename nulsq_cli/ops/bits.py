@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+PART = 1 << 20
+"""Codes that are unpacked at once; a multiple of 8, so that each part begins with a byte."""
+
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes as one stream of bits, least significant bit first.
@@ -30,8 +33,11 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """
     if packed.shape != ((count * bits + 7) // 8,):
         raise ValueError(f"{count} codes of {bits} bits do not take {packed.size} bytes")
-    stream = np.unpackbits(packed, bitorder="little")
-    if stream[count * bits :].any():
-        raise ValueError("the bits behind the last code are not zero")
-    wide = stream[: count * bits].reshape(count, bits)
-    return np.packbits(wide, axis=1, bitorder="little")[:, 0] if count else np.zeros(0, np.uint8)
+    codes = np.empty(count, np.uint8)
+    for start in range(0, count, PART):  # a bit takes a byte meanwhile: in parts, so that a large tensor stays cheap
+        size = min(PART, count - start)
+        stream = np.unpackbits(packed[start * bits // 8 : ((start + size) * bits + 7) // 8], bitorder="little")
+        if stream[size * bits :].any():
+            raise ValueError("the bits behind the last code are not zero")
+        codes[start : start + size] = np.packbits(stream[: size * bits].reshape(size, bits), axis=1, bitorder="little")[:, 0]
+    return codes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from nulsq_cli.recipe.schema import Recipe
 from nulsq_cli.recipe.source import Key, Node, Places
 
 MOST_FILES = 64
+MOST_SHOWN, LONGEST = 40, 400
+"""Complaints that are shown, and characters of each."""
 _NOT_INHERITED = ("published", "measured", "description")
 
 
@@ -118,8 +121,8 @@ def _gather(source: str | Path, flags: Mapping[str, tuple[str, Any]],
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise UsageError(f"cannot read the change {text!r}",
+        if not equals or not all(parts) or len(parts) > yaml_source.DEEPEST:
+            raise UsageError(f"cannot read the change {text[:LONGEST]!r}",
                              fix="write key.path=value, for instance optimizer.weights.lr=0.01")  # fmt: skip
         tree = yaml_source.merge(tree, yaml_source.at_path(parts, yaml_source.read_value(value, "<command line>")))
     return tree, complaints
@@ -130,15 +133,17 @@ def _shown(path: Path) -> str:
     return path.relative_to(_folder()).as_posix() if path.is_relative_to(_folder()) else str(path)
 
 
-def _read(path: Path, name: str, above: tuple[Path, ...], opened: list[Path]) -> tuple[Node, list[str]]:
+def _read(path: Path, name: str, above: tuple[Path, ...], opened: list[int]) -> tuple[Node, list[str]]:
     """A file's tree on top of the trees of what it extends, and complaints about the YAML of all of them."""
-    opened.append(path)
-    if len(opened) > MOST_FILES:
-        raise RecipeError(f"extends more than {MOST_FILES} files", where=name)
-    own, complaints = yaml_source.read(_text(path, name), name)
+    text = _text(path, name)
+    opened.append(len(text))
+    if len(opened) > MOST_FILES or sum(opened) > yaml_source.LARGEST_TEXT:
+        raise RecipeError(f"extends more than {MOST_FILES} files, or too large ones" if len(opened) > 1 else
+                          "is too large for a recipe", where=name)  # fmt: skip
+    own, complaints = yaml_source.read(text, name)
     parents = own.value.pop("extends", Node([], name))
     listed = yaml_source.plain(parents)
-    if not isinstance(listed, list) or not all(isinstance(p, str) and p for p in listed):
+    if not isinstance(listed, list) or not all(isinstance(p, str) and 0 < len(p) <= LONGEST for p in listed):
         raise RecipeError("extends: must be a list of recipe names or files", where=parents.place)
     tree = Node({}, name)
     above = (*above, path.resolve())
@@ -158,18 +163,19 @@ def _parent(child: Path, name: str, place: str) -> Path:
     """The file that `extends` means: one beside the recipe, else a shipped one."""
     named = name if Path(name).suffix in (".yaml", ".yml") else f"{name}.yaml"
     beside = child.parent / named
-    # A copy may bear the name of the shipped recipe that it extends.
-    if beside.is_file() and (beside.resolve() != child.resolve() or not (_folder() / named).is_file()):
-        return beside
-    if (_folder() / named).is_file() and ".." not in Path(named).parts:
-        return _folder() / named
+    with contextlib.suppress(OSError):  # a name that is too long for a file
+        # A copy may bear the name of the shipped recipe that it extends.
+        if beside.is_file() and (beside.resolve() != child.resolve() or not (_folder() / named).is_file()):
+            return beside
+        if (_folder() / named).is_file() and ".." not in Path(named).parts:
+            return _folder() / named
     raise RecipeError(f"extends: no recipe called {name!r}, got neither {beside} nor a shipped one", where=place,
                       fix=suggest(name, _names()))  # fmt: skip
 
 
 def _text(path: Path, name: str) -> str:
     try:
-        if path.stat().st_size > yaml_source.LARGEST_FILE:
+        if path.stat().st_size > 4 * yaml_source.LARGEST_TEXT:  # a character takes up to 4 bytes
             raise RecipeError("is too large for a recipe", where=name)
         return path.read_text(encoding="utf-8-sig")
     except OSError as reason:
@@ -179,7 +185,7 @@ def _text(path: Path, name: str) -> str:
 
 
 def _checked(tree: Node, complaints: list[str]) -> Recipe:
-    found = list(complaints)
+    found = [*complaints, *yaml_source.unwritable(tree)]
     recipe = None
     try:
         recipe = Recipe.model_validate(yaml_source.plain(tree))
@@ -187,11 +193,13 @@ def _checked(tree: Node, complaints: list[str]) -> Recipe:
         where: Places = yaml_source.places(tree)
         # An unknown key comes first: a misspelt required key is also a missing one.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        sentences = [sentence(e, where) for e in errors]
-        unknown = sum(e["type"] == "extra_forbidden" for e in errors)
+        sentences = [sentence(e, where) for e in errors[:MOST_SHOWN]]
+        unknown = sum(e["type"] == "extra_forbidden" for e in errors[:MOST_SHOWN])
         found = [*sentences[:unknown], *found, *sentences[unknown:]]
     if recipe is None or found:
-        raise RecipeError("\n".join(dict.fromkeys(found)), fix="`nulsq cat quickstart --resolved` shows every key")
+        told = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in dict.fromkeys(found)]
+        more = [f"and {len(told) - MOST_SHOWN} more"] if len(told) > MOST_SHOWN else []
+        raise RecipeError("\n".join([*told[:MOST_SHOWN], *more]), fix="`nulsq cat quickstart --resolved` shows every key")
     return recipe
 
 

@@ -73,6 +73,6 @@ def _scheme(r: Recipe) -> list[str]:
         return ["scheme.name: plain has no teacher, but teacher.name is set (leave scheme out, or choose kd)"]
     try:
         r.phases()
-    except (ValueError, TypeError) as reason:
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as reason:
         return [f"scheme.options: {reason}"]
     return []

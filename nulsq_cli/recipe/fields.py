@@ -47,6 +47,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _countable(value: int) -> int:
+    if value > 10**9:
+        raise ValueError("must be at most 1000000000")
+    return value
+
+
 def _auto_or_bool(value: Any) -> Any:
     if isinstance(value, str):
         value = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}.get(value, value)
@@ -69,10 +75,12 @@ def _ascending(pair: list[float]) -> list[float]:
 
 
 def _pattern(text: str) -> str:
+    if len(text) > 300:
+        raise ValueError(f"must be a pattern of at most 300 characters, got {len(text)}")
     if text.startswith("re:"):
         try:
             re.compile(text[3:])
-        except re.error as reason:
+        except (re.error, RecursionError, OverflowError) as reason:
             raise ValueError(f"must be a regular expression after re:, got {text[3:]!r} ({reason})") from reason
     return text
 
@@ -92,8 +100,8 @@ Percent = Annotated[float, Field(ge=0, le=100), NUMBER]
 BelowOne = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
-Count = Annotated[int, Field(ge=1), NUMBER]
-AtLeastZero = Annotated[int, Field(ge=0), NUMBER]
+Count = Annotated[int, Field(ge=1), AfterValidator(_countable), NUMBER]
+AtLeastZero = Annotated[int, Field(ge=0), AfterValidator(_countable), NUMBER]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 Compile = Annotated[Literal["auto", "model"] | bool, BeforeValidator(_compile)]
 Range = Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ascending)]

@@ -15,9 +15,10 @@ from nulsq_cli.errors import RecipeError
 Key = tuple[str | int, ...]
 Places = dict[Key, str]
 
-LARGEST_FILE = 1 << 20
+LARGEST_TEXT = 1 << 17
+"""Characters of a recipe and of what it extends together: a reader in Python takes some seconds for ten times as many."""
 DEEPEST = 40
-MOST_NODES = 20_000
+MOST_NODES = 10_000
 
 _TAG = "tag:yaml.org,2002:"
 _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
@@ -100,6 +101,8 @@ def read(text: str, name: str) -> tuple[Node, list[str]]:
     Raises:
         RecipeError: no YAML at all, no mapping, or too much of it.
     """
+    if len(text) > LARGEST_TEXT:
+        raise RecipeError("is too large for a recipe", where=name)
     node, complaints = _compose(text, name)
     if node.bare:
         return Node({}, f"{name}:1"), complaints
@@ -163,7 +166,7 @@ def merge(base: Node | None, top: Node) -> Node:
     """
     if not isinstance(top.value, dict):
         return base if base and top.bare and isinstance(base.value, dict | list) else top
-    if base and isinstance(base.value, list) and top.value and all(k.isdigit() for k in top.value):
+    if base and isinstance(base.value, list) and top.value and all(k.isascii() and k.isdigit() for k in top.value):
         return _merge_items(base, top)
     merged = dict(base.value) if base and isinstance(base.value, dict) else {}
     for key, node in top.value.items():
@@ -180,10 +183,24 @@ def merge(base: Node | None, top: Node) -> Node:
 def _merge_items(base: Node, top: Node) -> Node:
     items = list(base.value)
     for key, node in top.value.items():
-        if int(key) >= len(items):
-            raise RecipeError(f"there is no number {key} in this list of {len(items)}", where=node.place)
+        if len(key) > 9 or int(key) >= len(items):
+            raise RecipeError(f"there is no number {key[:20]} in this list of {len(items)}", where=node.place)
         items[int(key)] = merge(items[int(key)], node)
     return Node(items, base.place)
+
+
+def unwritable(node: Node) -> list[str]:
+    """Complaints about text that no file can hold: halves of characters, and zero bytes, which end a name for the system."""
+    if isinstance(node.value, dict | list):
+        items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
+        found = [what for key, inner in items for what in (*_unwritable(str(key), inner.place), *unwritable(inner))]
+        return found
+    return _unwritable(node.value, node.place) if isinstance(node.value, str) else []
+
+
+def _unwritable(text: str, place: str) -> list[str]:
+    odd = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    return [] if odd is None else [f"{place}: {text[:40]!r} holds a character that cannot be written, {odd!r}"]
 
 
 def dump(data: dict[str, Any]) -> str:

@@ -28,8 +28,9 @@ def phases(
     ladder = list(ladder)
     if ladder != sorted(set(ladder), reverse=True) or not all(2 <= width <= 8 for width in ladder):
         raise ValueError(f"ladder must hold widths from 8 to 2, descending, got {ladder}")
-    if parts < 1 or norm_epochs < 0 or (float_epochs or 0) < 0 or (sampling_epochs or 0) < 0:
-        raise ValueError("epochs must not be negative, and parts must be at least 1")
+    counts = (norm_epochs, float_epochs or 0, sampling_epochs or 0)
+    if not all(type(n) is int and 0 <= n <= 10**9 for n in counts) or type(parts) is not int or not 1 <= parts <= 100:
+        raise ValueError("epochs must be whole numbers from 0, and parts 1 to 100")
     found = [Phase("float", epochs if float_epochs is None else float_epochs, Bits(FLOAT_BITS, FLOAT_BITS), lesson="tutor")]
 
     def stretch(name: str, now: Bits, **more: float | bool) -> None:

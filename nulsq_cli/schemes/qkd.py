@@ -22,7 +22,7 @@ def phases(bits: Bits, epochs: int, *, self_study: float = 0.15, co_study: float
     """
     if min(self_study, co_study) < 0 or self_study + co_study > 1:
         raise ValueError(f"self_study and co_study are shares of the epochs, got {self_study:g} and {co_study:g}")
-    if not teacher_lr >= 0:
+    if not 0 <= teacher_lr < float("inf"):
         raise ValueError(f"teacher_lr must not be negative, got {teacher_lr:g}")
     alone, together = round(epochs * self_study), round(epochs * co_study)
     together = min(together, epochs - alone)

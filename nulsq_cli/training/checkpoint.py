@@ -14,14 +14,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nulsq_cli import tensorfile
 from nulsq_cli.errors import InputError
 from nulsq_cli.files import write_atomically
 
-KEY = "nulsq"
 NEWEST_FIRST = ("recovery", "last", "previous")
 
 Groups = dict[str, dict[str, Tensor]]
@@ -55,7 +54,7 @@ def save(path: Path, tensors: Groups, notes: dict[str, Any]) -> None:
     }  # fmt: skip
     notes = json.loads(json.dumps(notes))  # what a reader will see: the checksum is over that
     head = json.dumps({"notes": notes, "sha256": _digest(flat, notes)})
-    content = safetensors.torch.save(flat, metadata={KEY: head})  # one key: the order of several is arbitrary
+    content = safetensors.torch.save(flat, metadata={tensorfile.KEY: head})  # one key: the order of several is arbitrary
     keep = path.with_stem("previous") if path.stem == "last" else None
     write_atomically(path, lambda temporary: temporary.write_bytes(content), keep=keep, parents=False)
 
@@ -67,9 +66,7 @@ def load(path: Path) -> tuple[Groups, dict[str, Any]]:
         InputError: missing, truncated, damaged, or not written by `save`.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            head = json.loads((file.metadata() or {})[KEY])
-            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+        flat, head = tensorfile.read(path)
         notes, expected = head["notes"], head["sha256"]
         tensors: Groups = {}
         for key, tensor in flat.items():
@@ -77,9 +74,9 @@ def load(path: Path) -> tuple[Groups, dict[str, Any]]:
             tensors.setdefault(group, {})[name] = tensor
     except OSError as reason:
         raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
-    except (SafetensorError, KeyError, TypeError, ValueError) as reason:
+    except (tensorfile.DamagedError, tensorfile.ForeignError, KeyError, TypeError, ValueError) as reason:
         raise InputError("is truncated or damaged", where=path, fix=_FIX) from reason
-    if _digest(flat, notes) != expected:
+    if not isinstance(notes, dict) or _digest(flat, notes) != expected:
         raise InputError("is truncated or damaged (its checksum does not match)", where=path, fix=_FIX)
     return tensors, notes
 
@@ -136,10 +133,28 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Put saved state into an optimizer of the same parameters."""
+    """Put saved state into an optimizer of the same parameters.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is the state of another one.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    for mine, theirs in zip(own, notes["groups"], strict=True):
+        if any(type(theirs[key]) is not type(value) and not _number(theirs[key], value) for key, value in mine.items()
+               if not isinstance(value, tuple)):  # fmt: skip
+            raise ValueError("a group of the optimizer has other options")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, tensor in tensors.items():
+        shape = parameters[int(key.partition(".")[0])].shape
+        if tensor.ndim > len(shape) or (tensor.ndim == len(shape) and tensor.shape != shape):
+            raise ValueError(f"the optimizer's {key} has another shape than its parameter")
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *notes["rest"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     groups = [{k: tuple(v) if isinstance(v, list) and k == "betas" else v for k, v in g.items()} for g in notes["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _number(one: Any, other: Any) -> bool:
+    return all(isinstance(each, int | float) and not isinstance(each, bool) for each in (one, other))

@@ -22,7 +22,7 @@ from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, curvature, watch
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.order import reseed
-from nulsq_cli.training.state import State, split_anew
+from nulsq_cli.training.state import State, misfit, split_anew
 from nulsq_cli.training.watcher import SIGNALS, Signals, Watcher
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
@@ -94,6 +94,8 @@ class Trainer(State):
         super().restore(saved)
         before, now = saved.notes.get("split", self.split), self.split
         if before == now:
+            if self.progress.batch > self.batches:
+                raise misfit(saved.path, ValueError(f"it stands at batch {self.progress.batch} of {self.batches}"))
             return
         if before["images"] != now["images"]:
             split_anew(self.progress, before["images"], now["images"], self.batches, self.settings.grad_accum_steps,

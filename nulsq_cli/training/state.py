@@ -12,9 +12,20 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
+from nulsq_cli.errors import InputError
+from nulsq_cli.models import first_line
 from nulsq_cli.training import checkpoint
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World
+
+MISFITS = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
+"""What the libraries raise when they are given the state of something else."""
+
+
+def misfit(path: Path, reason: BaseException) -> InputError:
+    """The same as an error of ours."""
+    what = f"{str(reason)[:100]} is missing" if isinstance(reason, KeyError) else first_line(reason)
+    return InputError(f"does not belong to this run: {what}", where=path, fix="restore the run's own, or start a new one with -o")
 
 
 @dataclass
@@ -28,6 +39,27 @@ class Progress:
     best: dict[str, Any] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, notes: dict[str, Any]) -> Progress:
+        """What the notes of a checkpoint say.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not what `State.save` writes.
+        """
+        found = cls(**notes["progress"])
+        counts = (found.epoch, found.batch, found.updates, found.notes.get("stretch", 0))
+        if not all(type(n) is int and 0 <= n < 2**31 for n in counts) or type(found.loss_sum) not in (int, float):
+            raise ValueError("its position is none")
+        if found.best is not None and found.best.keys() != {"top1", "top5", "loss", "epoch"}:
+            raise ValueError("its best score is none")
+        shown = {"epoch", "eval_loss", "eval_top1", "eval_top5"}
+        first = found.rows[0].keys() if found.rows else shown
+        if not isinstance(found.rows, list) or shown - first or any(row.keys() != first for row in found.rows):
+            raise ValueError("its epochs are not all alike")
+        if not isinstance(found.notes.get("went_back", {}), dict) or not isinstance(found.notes.get("instability", {}), dict):
+            raise ValueError("its notes are none")
+        return found
 
     @property
     def note(self) -> str | None:
@@ -51,6 +83,18 @@ def split_anew(progress: Progress, before: int, now: int, batches: int, accumula
     progress.loss_sum *= done / max(progress.batch, 1)
     progress.batch = done
     progress.updates = (progress.epoch - first) * -(-batches // accumulated) + -(-done // accumulated)
+
+
+def position(saved: checkpoint.Saved) -> Progress:
+    """Where the run stood.
+
+    Raises:
+        InputError: the checkpoint does not say.
+    """
+    try:
+        return Progress.of(saved.notes)
+    except MISFITS as reason:
+        raise misfit(saved.path, reason) from reason
 
 
 class State:
@@ -114,14 +158,24 @@ class State:
         self.saved_at = time.monotonic()
 
     def restore(self, saved: checkpoint.Saved) -> None:
-        """Go back to what `save` wrote."""
+        """Go back to what `save` wrote.
+
+        Raises:
+            InputError: it is whole, but the state of another run.
+        """
         tensors, notes = saved.tensors, saved.notes
-        self.model.load_state_dict(tensors["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(tensors["ema"])
-        for key, module in self.also.items():
-            module.load_state_dict(tensors[f"also.{key}"])
-        for key, optimizer in self.pair.optimizers.items():
-            checkpoint.restore_optimizer(optimizer, tensors.get(f"optimizer.{key}", {}), notes[f"optimizer.{key}"])
-        self.scaler.load_state_dict(notes["scaler"])
-        self.progress = Progress(**notes["progress"])
+        try:
+            self.progress = Progress.of(notes)
+            split = notes.get("split", self.split)
+            if split.keys() != self.split.keys() or not all(type(n) is int and 0 <= n < 2**31 for n in split.values()):
+                raise ValueError("its batches are split in no way")
+            self.model.load_state_dict(tensors["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(tensors["ema"])
+            for key, module in self.also.items():
+                module.load_state_dict(tensors[f"also.{key}"])
+            for key, optimizer in self.pair.optimizers.items():
+                checkpoint.restore_optimizer(optimizer, tensors.get(f"optimizer.{key}", {}), notes[f"optimizer.{key}"])
+            self.scaler.load_state_dict(notes["scaler"])
+        except MISFITS as reason:
+            raise misfit(saved.path, reason) from reason

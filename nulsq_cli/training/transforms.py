@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torchvision import transforms
 
-from nulsq_cli.errors import UsageError, pick
+from nulsq_cli.errors import InputError, UsageError, pick
 from nulsq_cli.models import input_channels
 
 Transform = Callable[[Any], Tensor]
@@ -78,6 +79,30 @@ def resolve_data(
     pick(dict.fromkeys(INTERPOLATIONS), config["interpolation"], "interpolation")
     pick(dict.fromkeys(CROP_MODES), config["crop_mode"], "crop mode")
     return config
+
+
+LARGEST_IMAGE = 4096
+"""Pixels a side, of what a file may ask for."""
+
+
+def check_config(config: Any, where: object) -> None:
+    """Refuse data settings from a file that `resolve_data` could not have made.
+
+    Raises:
+        InputError: a value is missing, or of another kind or size.
+    """
+    try:
+        channels, *size = config["input_size"]
+        sound = (
+            channels in IMAGE_MODES and len(size) == 2 and all(type(n) is int and 1 <= n <= LARGEST_IMAGE for n in size)
+            and all(math.isfinite(v) for v in (*config["mean"], *config["std"])) and min(config["std"]) > 0
+            and all(len(config[key]) in (1, channels) for key in ("mean", "std"))
+            and config["interpolation"] in INTERPOLATIONS and config["crop_mode"] in CROP_MODES and 0 < config["crop_pct"] <= 1
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound:
+        raise InputError("is damaged: its data settings are not those of any images", where=where)
 
 
 def build_transforms(
