@@ -2,9 +2,10 @@
 
     python benchmarks/evaluation.py [--short]
 
-All passes see the same images in the same batches, from memory: reading images would cost all of them the same and hide
-what is compared. A calibration pass is `measure_inputs`, which sees each image once; `start_ms` is what follows it once per
-model, whatever the number of images: statistics of the weights and the first steps.
+All passes see the same images, from memory: reading them would cost all passes the same and hide what is compared. They
+are evaluated in batches of 250 and 64, and calibrated in chunks of 64, as in a run. A calibration pass is `measure_inputs`,
+which sees each image once; `start_ms` is what follows it once per model, whatever the number of images: statistics of the
+weights and the first steps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from nulsq_cli import calibrate
 from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.session import CHUNK
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Bits
@@ -51,6 +53,7 @@ def check_statistics(model: nn.Module, name: str, images: Tensor) -> None:
 def measure(case: Case, batches: int, options, report: Report) -> None:
     """One model: float evaluation, calibration, and evaluation of quantized ones."""
     images = [case.images() + 0.01 * k for k in range(batches)]
+    chunks = list(torch.cat(images).split(CHUNK))
     labelled = [(x, torch.zeros(len(x), dtype=torch.long)) for x in images]
     model = case.float_model().eval()
     plan = make_plan(model, Policy(Bits(2, 2), "nulsq-wa"), images[0].shape[1:])
@@ -59,7 +62,7 @@ def measure(case: Case, batches: int, options, report: Report) -> None:
     rows = {"calibration": {"pass": "calibration", "method": "", "bits": None}}
     alternatives = {
         "float": lambda: seconds(lambda: evaluate(model, labelled, ALONE)),
-        "calibration": lambda: seconds(lambda: calibrate.measure_inputs(model, names, lambda: enumerate(images), batches)),
+        "calibration": lambda: seconds(lambda: calibrate.measure_inputs(model, names, lambda: enumerate(chunks), len(chunks))),
     }
     for method in ("lsq", "nulsq-wa"):
         for bits in widths(options):
@@ -70,7 +73,7 @@ def measure(case: Case, batches: int, options, report: Report) -> None:
     compiled(True)
     count = rounds(options, 5, 15)
     times = alternate(alternatives, count, warmup=1)
-    stats = calibrate.measure_inputs(model, names, lambda: enumerate(images), batches)
+    stats = calibrate.measure_inputs(model, names, lambda: enumerate(chunks), len(chunks))
     start = time.perf_counter()
     calibrate.initialize(convert(copy.deepcopy(model), plan), stats, "lloyd", "lloyd")
     rows["calibration"]["start_ms"] = 1e3 * (time.perf_counter() - start)
@@ -82,8 +85,8 @@ def measure(case: Case, batches: int, options, report: Report) -> None:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     report = Report("evaluation")
-    for case in cases(options, short=(64, 16), full=(64, 64)):
-        measure(case, 1 if options.short or options.tiny else 4, options, report)
+    for case in cases(options, short=(250, 16), full=(250, 64)):
+        measure(case, 1 if options.short or options.tiny else 2, options, report)
     report.table(["model", "batch", "pass", "method", "bits", "float_ms", "ms", "ratio", "least", "most", "start_ms"])
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +43,9 @@ class Quantizer(nn.Module):
     """Whether training changes the ratios between the levels; then `quantize` has to put them `on_grid`."""
 
     grid_top: Tensor
+
+    _kept: dict[str, Any] | None = None
+    """While nothing changes (`standing_still`): the tables, and of a weight what comes out."""
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -169,13 +176,38 @@ class Quantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if self.training:
                 return self.quantize(x.float()).to(x.dtype)
-            tables = self.codebook(x.float())
-            return codebook.lookup(x.float(), tables.levels, tables.thresholds).to(x.dtype)
+            return self._by_tables(x.float()).to(x.dtype)
+
+    def _by_tables(self, x: Tensor) -> Tensor:
+        kept = None if torch.compiler.is_compiling() else self._kept
+        if kept is None:
+            tables = self.codebook(x)
+            return codebook.lookup(x, tables.levels, tables.thresholds)
+        if "tables" not in kept:
+            kept["tables"] = self.codebook(x)
+        if self.spec.role == "activation":
+            return codebook.lookup(x, kept["tables"].levels, kept["tables"].thresholds)
+        if "weight" not in kept:
+            kept["weight"] = codebook.lookup(x, kept["tables"].levels, kept["tables"].thresholds)
+        return kept["weight"]
 
     def extra_repr(self) -> str:
         """What shows up when the module is printed."""
         sign = "signed" if self.spec.signed else "unsigned"
         return f"{self.spec.bits} bits, {sign}, per {self.spec.granularity}"
+
+
+@contextmanager
+def standing_still(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of the model changes, so its quantizers in evaluation mode compute tables and weights once."""
+    found = [m for m in model.modules() if isinstance(m, Quantizer)]
+    try:
+        for quantizer in found:
+            quantizer._kept = {}
+        yield
+    finally:
+        for quantizer in found:
+            quantizer._kept = None
 
 
 @torch.no_grad()
