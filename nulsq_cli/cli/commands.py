@@ -53,17 +53,34 @@ def evaluate(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder; see `nulsq ls runs`.")],
-    to: Annotated[str, typer.Option("--to", help="safetensors")] = "safetensors",
+    run: Annotated[Path, typer.Argument(metavar="RUN|ARTIFACT", help="A run folder, see `nulsq ls runs`; or its packed file.")],
+    to: Annotated[str, typer.Option("--to", help="safetensors, onnx, openvino")] = "safetensors",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: in the run.")] = None,
+    grid: Annotated[str, typer.Option("--grid", help="int8, or float: exact tables, small on disk, slow.")] = "int8",
+    act: Annotated[str, typer.Option("--act", help="Form of activations: auto, where, sum8, table.")] = "auto",
+    reach: Annotated[int, typer.Option("--range", help="7: exact on any processor; 8: int8 throughout, needs VNNI.")] = 7,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="The run's images, if they have moved.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images that the file is tried on.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each network is timed.")] = 11,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Compare its speed with float32 and int8.")] = True,
     as_json: Json = False, quiet: Quiet = False, no_color: NoColor = False,
 ) -> None:  # fmt: skip
-    """Write the packed file of a run, and prove that it computes the same."""
-    if to != "safetensors":
-        raise UsageError(f"no export target called {to!r}", fix="choose safetensors")
+    """Write a run as a packed file, or for a runtime, and prove that it computes the same."""
+    from nulsq_cli.errors import pick
+    from nulsq_cli.exporters import EXPORTERS
+
+    pick(EXPORTERS, to, "export target")
     from nulsq_cli import jobs
 
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)
+    if to != "safetensors":
+        from nulsq_cli.cli.exported import show_export
+
+        found = jobs.export_for_runtime(str(run), to, output, grid=grid, act=act, reach=reach, data_dir=data_dir,
+                                        samples=samples, rounds=rounds if latency else 0, show=show)  # fmt: skip
+        show_export(found, show)
+        show.result(found)
+        return
     result = jobs.export(run, output, show=show)
     show.table("", ["", "size"], [
         ["float model", size(result["float_bytes"])], ["packed file", size(result["bytes"])],

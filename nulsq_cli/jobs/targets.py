@@ -72,7 +72,7 @@ def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | Non
     model = (model or run.model()).cpu().to(memory_format=torch.contiguous_format).eval()
     info = run.info()
     config = info["data_cfg"]
-    images, real = _some_images(run.recipe, config)
+    images, real = some_images(run.recipe, config)
     # Noise would do for comparing outputs, but its histogram says nothing about this network.
     counts = entropy_report.count_activations(model, images) if real else {}
     if not real:
@@ -104,7 +104,7 @@ def size_line(sizes: artifact.Sizes) -> str:
     return f"{sizes.file / 1000:.1f} kB, {sizes.float_model / sizes.file:.1f}× smaller than {sizes.float_model / 1000:.1f} kB"
 
 
-def _some_images(r: recipe.Recipe, config: dict[str, Any]) -> tuple[list[Tensor], bool]:
+def some_images(r: recipe.Recipe, config: dict[str, Any]) -> tuple[list[Tensor], bool]:
     """Up to 256 training images and True, or noise of the right size and False where the data are not at hand."""
     try:
         dataset = session.open_split(r, r.data.train_split, config["input_size"][0])

@@ -1,0 +1,44 @@
+"""The table of export targets. Importing this loads no torch, no onnx and no runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from nulsq_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format that a run can be written in.
+
+    Args:
+        idea: one line for people.
+        suffix: of the file.
+        act: which form of activations `auto` stands for; None where there are none.
+        needs: modules beyond nulsq's own.
+        extra: of `pip install 'nulsq[extra]'`, which brings them.
+    """
+
+    idea: str
+    suffix: str
+    act: str | None = None
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+    def check_installed(self) -> None:
+        """Refuse at once what cannot be done without a package that is not here.
+
+        Raises:
+            UsageError: one is missing; it says which extra brings it.
+        """
+        for name in self.needs:
+            if find_spec(name) is None:
+                raise UsageError(f"needs {name}, which is not installed", fix=f"pip install 'nulsq[{self.extra}]'")
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "safetensors": Exporter("codes and tables packed, computes exactly what the run computes", ".safetensors"),
+    "onnx": Exporter("integers for ONNX Runtime, and others that read ONNX", ".onnx", "auto", ("onnx", "onnxruntime"), "onnx"),
+    "openvino": Exporter("integers for OpenVINO, as its own IR", ".xml", "where", ("onnx", "openvino"), "openvino"),
+}

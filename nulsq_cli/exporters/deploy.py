@@ -1,0 +1,203 @@
+"""From a packed file to a proven file for a runtime."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nulsq_cli.artifact import Artifact
+from nulsq_cli.errors import CheckFailedError, UsageError, pick
+from nulsq_cli.exporters import EXPORTERS, layer_proof, runtimes
+from nulsq_cli.exporters.latency import compare, static_int8
+from nulsq_cli.exporters.lower import Network, Options, float_layers, lower
+from nulsq_cli.exporters.onnx_file import build, check_operators
+from nulsq_cli.exporters.proof import LEAST_SHARE, Trial
+from nulsq_cli.exporters.trace import Traced, trace
+from nulsq_cli.exporters.twin import Twin, settle
+from nulsq_cli.files import write_atomically
+
+OWN = {"onnx": (runtimes.OPTIMIZERS_ON, runtimes.OPTIMIZERS_OFF), "openvino": (runtimes.OPENVINO,)}
+"""The ways to run a file in which it has to agree with its twin; any other runtime that is here is reported."""
+
+GRIDS, ACTS, RANGES = ("int8", "float"), ("auto", "where", "sum8", "table"), (7, 8)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Images for an export.
+
+    Args:
+        calibration: batches from which outputs take their ranges.
+        trial: batches, with classes where these are known, on which the file is compared with its twin.
+        few: how many of those the slow ways to run the file see.
+    """
+
+    calibration: list[Tensor]
+    trial: Iterable[tuple[Tensor, Tensor | None]]
+    few: int = 1000
+
+
+def options_for(target: str, grid: str, act: str, reach: int) -> Options:
+    """What the user asked for, as the rooms take it.
+
+    Raises:
+        UsageError: no such target, grid, activation form or range.
+    """
+    exporter = pick(EXPORTERS, target, "export target")
+    for name, value, known in (("--grid", grid, GRIDS), ("--act", act, ACTS), ("--range", reach, RANGES)):
+        if value not in known:
+            raise UsageError(f"{name} {value} does not exist", fix=f"choose from {', '.join(map(str, known))}")
+    form = exporter.act if act == "auto" else act
+    return Options(grid, str(form), reach, outputs=grid == "int8" and target == "onnx" and form != "where")
+
+
+def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, options: Options, material: Material, *,
+           rounds: int, say: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+    """Write a file for a runtime, once it is proven.
+
+    Args:
+        target: `onnx` or `openvino`.
+        model, artifact: as `artifact.load` gives them.
+        path: the file.
+        options: how it is to be written.
+        material: images.
+        rounds: how often each network is timed; 0 leaves timing out.
+        say: for people.
+
+    Returns:
+        The part of the result that is about the file.
+
+    Raises:
+        UsageError: the model or its tables have no such form.
+        CheckFailedError: the file does not compute what it should; it is not left behind.
+    """
+    size = list(artifact.meta["data_cfg"]["input_size"])
+    traced = trace(model, tuple(size))
+    check_operators(traced)
+    network = lower(traced, artifact, options)
+    settle(network, material.calibration)
+    twin = Twin(network)
+    onnx_model = build(network, artifact, size)
+    content = onnx_model.SerializeToString()
+    with tempfile.TemporaryDirectory() as folder:
+        file = _as_target(target, content, Path(folder))
+        broken = layer_proof.wrong_codes(onnx_model, network)
+        _refuse(path, "codes differ from those of the packed file in", broken)
+        if options.grid == "int8":
+            for runtime, layers in layer_proof.wrong_layers(onnx_model, network, _small_runs(target)).items():
+                _refuse(path, f"{runtime} does not compute the integers of", layers)
+        say(f"  codes equal, {sum(x.integer for x in network.layers.values())} layers equal integer by integer")
+        trial, shares = _trial(target, file, material.few, len(network.layers))
+        trial.hold(model, twin, material.trial)
+        if failures := trial.failures(OWN[target]):
+            raise CheckFailedError(f"the file does not agree with its twin in {'; '.join(failures)}", where=path,
+                                   fix="nothing was written; give images of the model's own kind with --data-dir, or another "
+                                       "--act")  # fmt: skip
+        written = _place(target, file, path)
+    verified: dict[str, Any] = {
+        **next(iter(trial.files.values())).to_json(), "codes_equal": True, "layers_equal": options.grid == "int8",
+        "runtimes": {name: c.to_json() for name, c in trial.files.items()},
+        "twin_and_model": trial.twin.to_json(), "integer_layers": shares,
+    }  # fmt: skip
+    if trial.right is not None:
+        verified["model_top1"] = 100 * trial.right / trial.twin.samples
+    timed = _latency(target, content, traced, artifact, material, rounds, options) if rounds else {}
+    return {"path": str(path), "format": target, "bytes": written, "grid": options.grid, "act": options.act,
+            "range": options.reach, "float_layers": float_layers(network) if options.grid == "int8" else list(network.by_path),
+            "wide_layers": wide_layers(network), "verified": verified, "latency": timed}  # fmt: skip
+
+
+def wide_layers(network: Network) -> list[str]:
+    """The layers whose weights are uint8, so that they stay exact without VNNI; OpenVINO computes these in float."""
+    return [x.site.layer for x in network.layers.values() if x.integer and x.weights.offset]
+
+
+def _as_target(target: str, content: bytes, folder: Path) -> Path:
+    """The finished file in a folder of its own."""
+    file = folder / f"model{EXPORTERS[target].suffix}"
+    if target == "onnx":
+        file.write_bytes(content)
+    else:
+        import openvino as ov
+
+        ov.save_model(ov.Core().read_model(content), str(file), compress_to_fp16=False)
+    return file
+
+
+def _place(target: str, file: Path, path: Path) -> int:
+    """Put the file where it belongs, and say how many bytes it takes."""
+    parts = [(file, path)] if target == "onnx" else [(file.with_suffix(".bin"), path.with_suffix(".bin")), (file, path)]
+    for source, to in parts:
+        write_atomically(to, lambda temporary, source=source: shutil.copyfile(source, temporary))
+    return sum(to.stat().st_size for _, to in parts)
+
+
+def _small_runs(target: str) -> dict[str, Callable[[bytes], runtimes.Run]]:
+    if target == "openvino":
+        return {runtimes.OPENVINO: lambda content: runtimes.openvino(content, threads=1)[0]}
+    return {runtimes.OPTIMIZERS_OFF: lambda content: runtimes.onnxruntime(content, optimized=False, threads=1),
+            runtimes.OPTIMIZERS_ON: lambda content: runtimes.onnxruntime(content, threads=1)}  # fmt: skip
+
+
+def _refuse(path: Path, what: str, layers: list[str]) -> None:
+    if layers:
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        raise CheckFailedError(f"{what} {', '.join(layers[:3])}{more}", where=path,
+                               fix="nothing was written; on processors without VNNI use --range 7")  # fmt: skip
+
+
+def _trial(target: str, file: Path, few: int, layers: int) -> tuple[Trial, dict[str, float]]:
+    """The ways to run a file, the target's own first, and which share of its layers each computes in integers."""
+    runs: dict[str, runtimes.Run] = {}
+    shares = {}
+    if target == "onnx":
+        runs = {runtimes.OPTIMIZERS_ON: runtimes.onnxruntime(file),
+                runtimes.OPTIMIZERS_OFF: runtimes.onnxruntime(file, optimized=False)}  # fmt: skip
+        shares[runtimes.OPTIMIZERS_ON] = runtimes.integer_layers_of_onnxruntime(file) / layers
+    if runtimes.here("openvino"):
+        runs[runtimes.OPENVINO], compiled = runtimes.openvino(file)
+        shares[runtimes.OPENVINO] = runtimes.integer_layers_of_openvino(compiled) / layers
+    slow = tuple(name for name in runs if name != next(iter(runs)))
+    return Trial(runs, slow, few), shares
+
+
+def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, material: Material, rounds: int,
+             options: Options) -> dict[str, Any]:  # fmt: skip
+    plain = lower(traced, artifact, Options(grid="none", outputs=False))
+    files = {"float32": build(plain, artifact, list(artifact.meta["data_cfg"]["input_size"])).SerializeToString()}
+    images = torch.cat(material.calibration)[:8]
+    if runtimes.here("onnxruntime"):
+        files["static int8"] = static_int8(files["float32"], images)
+    files["this file"] = content
+    found: dict[str, Any] = {"threads": 1, "batch": 1, "rounds": rounds}
+    if target == "onnx":
+        found["onnxruntime"] = compare(lambda c: runtimes.onnxruntime(c, threads=1), files, images[:1], rounds)
+    if runtimes.here("openvino"):
+        found["openvino"] = compare(lambda c: runtimes.openvino(c, threads=1)[0], files, images[:1], rounds)
+    return found
+
+
+def warnings_of(result: dict[str, Any]) -> list[str]:
+    """What a user has to know before using the file, one sentence each."""
+    found = []
+    own = OWN[result["format"]][0]
+    shares = result["verified"]["integer_layers"]
+    if result["grid"] == "float":
+        return ["computes in float: small on disk, but slower than float32 in ONNX Runtime"]
+    for runtime, share in shares.items():
+        if share < LEAST_SHARE:
+            target = "" if runtime == own else f" (write it with --to {runtime.split(',')[0]})"
+            found.append(f"only {100 * share:.0f} % of the layers compute in integers in {runtime}{target}")
+    if result["float_layers"]:
+        found.append(f"in float: {', '.join(result['float_layers'])}")
+    if result["wide_layers"]:
+        found.append(f"weights as uint8, for OpenVINO in float, to be exact without VNNI: {', '.join(result['wide_layers'])}; "
+                     "--range 8 writes int8")  # fmt: skip
+    return found

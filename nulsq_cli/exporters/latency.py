@@ -1,0 +1,66 @@
+"""How fast a file is beside the same runtime's float and static int8 network, in turns within one process."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nulsq_cli.exporters.runtimes import Run
+
+
+def in_turns(runs: dict[str, Run], images: Tensor, rounds: int, *, warm: int = 2) -> dict[str, float]:
+    """Median milliseconds of each run; the rounds go through all of them, so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + warm):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(images)
+            if number >= warm:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def compare(start: Callable[[bytes], Run], files: dict[str, bytes], images: Tensor, rounds: int) -> dict[str, Any]:
+    """Milliseconds per call and ratios to `float32`, for files of the same runtime.
+
+    Args:
+        start: makes a run from a file, on one thread.
+        files: by name; `float32` is what the others are compared with.
+        images: one batch.
+        rounds: how often each is timed.
+    """
+    found = in_turns({name: start(content) for name, content in files.items()}, images, rounds)
+    return {name: {"ms": ms, "ratio": ms / found["float32"]} for name, ms in found.items()}
+
+
+def static_int8(content: bytes, images: Tensor) -> bytes:
+    """ONNX Runtime's own static quantization of a float network: even 8-bit steps, ranges from some images."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = list(images.split(1))
+
+        def get_next(self) -> dict[str, Any] | None:
+            return {"image": self.left.pop().numpy()} if self.left else None
+
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises a step of its own that would change the network
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+            source.write_bytes(content)
+            quantize_static(str(source), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
+            return target.read_bytes()
+    finally:
+        root.setLevel(level)

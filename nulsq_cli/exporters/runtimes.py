@@ -1,0 +1,99 @@
+"""ONNX Runtime and OpenVINO: whether they are here, how a file is run in them, and what they made of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nulsq_cli.exporters.onnx_file import SESSION
+
+Run = Callable[[Tensor], Tensor]
+"""(N, C, H, W) images to logits."""
+
+INTEGER_OPERATORS = {"QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"}
+"""What ONNX Runtime calls a layer that multiplies bytes."""
+
+OPTIMIZERS_OFF, OPTIMIZERS_ON, OPENVINO = "onnxruntime, optimizers off", "onnxruntime", "openvino"
+
+
+def here(name: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(name) is not None
+
+
+def has_vnni() -> bool | None:
+    """Whether this processor multiplies bytes without saturating, or None where it does not say."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    return "vnni" in flags if "flags" in flags else None
+
+
+def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int = 0, dump: Path | None = None) -> Run:
+    """A session on the processor.
+
+    Args:
+        content: the file, or where it is.
+        optimized: else all of the runtime's optimizers are off.
+        threads: 0 leaves the choice to the runtime.
+        dump: file for the graph that the optimizers arrive at.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = content if isinstance(content, bytes) else str(content)
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], **SESSION)
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def openvino(content: bytes | Path, *, threads: int = 0) -> tuple[Run, object]:
+    """(a compiled model on the processor, OpenVINO's own object of it)."""
+    os.environ.setdefault("OPENVINO_TELEMETRY", "0")
+    import openvino as ov
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    if threads:
+        settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    core = ov.Core()
+    model = core.read_model(content if isinstance(content, bytes) else str(content))
+    compiled = core.compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda images: torch.from_numpy(np.array(request.infer({0: images.numpy()})[0])), compiled
+
+
+def integer_layers_of_onnxruntime(content: bytes | Path) -> int:
+    """How many layers multiply bytes in the graph that ONNX Runtime's optimizers arrive at."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "optimized.onnx"
+        onnxruntime(content, dump=dump)
+        return sum(node.op_type in INTEGER_OPERATORS for node in onnx.load(dump).graph.node)
+
+
+def integer_layers_of_openvino(compiled: object) -> int:
+    """How many layers OpenVINO computes by a kernel for bytes.
+
+    The kernel's own name says so; `runtimePrecision` also says u8 where bytes are converted back to float.
+    """
+    count = 0
+    for operator in compiled.get_runtime_model().get_ops():  # type: ignore[attr-defined]
+        info = operator.get_rt_info()
+        kind, kernel = (info[key].astype(str) for key in ("layerType", "primitiveType"))
+        count += kind in ("Convolution", "FullyConnected") and kernel.upper().endswith("_I8")
+    return count
