@@ -153,7 +153,7 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
         finally:
             show.stop_training()
         if (watch := trainer.also.get("instability")) is not None:
-            trainer.progress.notes["instability"] = watch.scores()
+            trainer.progress.notes["instability"] = world.share(watch.scores())  # each process saw its own images
             watch.close()
         for parameter in stopped:
             parameter.requires_grad_(True)
@@ -163,7 +163,7 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
 
 def _at_width(r: recipe.Recipe, stretch: Stretch, model: nn.Module, skeleton: nn.Module, plan: Plan, splits: session.Splits,
               config: dict[str, Any], world: World, show: Any, *, start: bool) -> nn.Module:  # fmt: skip
-    """The model with its present weights, its quantizers at the widths of a stretch and started anew."""
+    """The model with its present weights and its quantizers at the widths of a stretch; see `quantize` for their start."""
     fresh = session.copy_of(skeleton)
     own = fresh.state_dict().keys()
     fresh.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
@@ -172,7 +172,7 @@ def _at_width(r: recipe.Recipe, stretch: Stretch, model: nn.Module, skeleton: nn
     wanted = replace(wanted, layers=tuple(replace(p, signed=signs[p.name]) for p in wanted.layers))
     if any(p.quantized for p in wanted.layers):
         if start:
-            quantize(r, fresh, wanted, splits, world, show, signs=False)
+            quantize(r, fresh, wanted, splits, world, show, before=model)
         else:
             convert(fresh, wanted)
     return fresh.to(world.device, memory_format=session.memory_format(r))

@@ -9,11 +9,12 @@ from torch import nn
 from nulsq_cli import calibrate, recipe, session
 from nulsq_cli.convert import Plan, convert, with_signs
 from nulsq_cli.errors import UsageError
+from nulsq_cli.layers import quantizers
 from nulsq_cli.training.world import World
 
 
 def quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Splits, world: World, show: Any, *,
-             signs: bool = True) -> Plan:  # fmt: skip
+             before: nn.Module | None = None) -> Plan:  # fmt: skip
     """Convert the model in place, start its steps from statistics and re-estimate BatchNorm.
 
     Args:
@@ -23,7 +24,8 @@ def quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Spl
         splits: the images.
         world: the processes.
         show: for people.
-        signs: whether inputs are signed where the images say so; else as the plan says.
+        before: the same model at other widths, whose steps go on where the width is the same or makes no difference;
+            the signs are then as the plan says, else as the images say.
 
     Returns:
         The plan, with the signs.
@@ -31,12 +33,17 @@ def quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Spl
     q = r.quant
     passes = session.chunks(splits.train, splits.eval_transform, q.calibration.samples, world, r)
     stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), *passes, world.reduce)
-    if signs:
+    if before is None:
         plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, session.policy(r))
         show.plan(plan.to_json())
     convert(model, plan)
     calibrate.initialize(model, stats, q.init.weights, q.init.activations)
     calibrate.match_output_scales(model, *passes, world.reduce)
+    if before is not None:
+        known = quantizers(before)
+        for name, quantizer in quantizers(model).items():
+            if name in known:
+                quantizer.inherit(known[name])
     count = 0
     if r.bn.reestimate_samples:
         passes = session.chunks(splits.train, splits.eval_transform, r.bn.reestimate_samples, world, r)

@@ -56,6 +56,7 @@ class APoT(Quantizer):
             beyond the clip, and through mean and deviation.
     """
 
+    of_any_width = ("clip",)
     unit: Tensor
 
     def __init__(self, spec: QuantSpec, *, grad_scale: str = "none", weight_gradient: str = "identity") -> None:

@@ -36,6 +36,9 @@ class Quantizer(nn.Module):
         spec: what this quantizer has to be.
     """
 
+    of_any_width: tuple[str, ...] = ()
+    """Names in the state that mean the same whatever the number of bits."""
+
     watched = False
     """Whether the rounded tensor is to be kept, with its graph, in `rounded`."""
 
@@ -62,6 +65,16 @@ class Quantizer(nn.Module):
                 makes no sense for a method gives way to the one nearest to it.
         """
         raise NotImplementedError
+
+    @torch.no_grad()
+    def inherit(self, before: Quantizer) -> None:
+        """Take over what the quantizer in this one's place has learned: at the same width all, else what fits any width."""
+        if type(self) is not type(before):
+            return
+        mine, theirs = self.state_dict(), before.state_dict()
+        for name in mine if self.spec == before.spec else self.of_any_width:
+            if name in mine and name in theirs:
+                mine[name].copy_(theirs[name])
 
     def quantize(self, x: Tensor) -> Tensor:
         """Differentiable quantization of float32 x; keeps its shape."""

@@ -27,6 +27,8 @@ class DuQ(Quantizer):
         spec: what this quantizer has to be.
     """
 
+    of_any_width = ("raw_scale_in", "raw_scale_out")
+
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.raw_scale_in = nn.Parameter(inverse_softplus(torch.ones(spec.channels)))

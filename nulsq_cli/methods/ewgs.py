@@ -35,6 +35,7 @@ class EWGS(Quantizer):
         batches: how many batches that takes; the authors' 3 for CIFAR, 10 for ImageNet.
     """
 
+    of_any_width = ("lower", "upper", "output_scale", "delta")
     delta: Tensor
 
     def __init__(self, spec: QuantSpec, *, delta: float | str = "hessian", every: int = 10, batches: int = 3) -> None:

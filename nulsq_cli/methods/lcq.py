@@ -38,6 +38,7 @@ class LCQ(Quantizer):
     """
 
     learned_shape = True
+    of_any_width = ("clip", "theta")
 
     def __init__(self, spec: QuantSpec, *, grad_scale: str = "none", level_bits: int | None = None) -> None:
         if level_bits is not None and not spec.bits <= level_bits <= 16:

@@ -86,16 +86,16 @@ class LQNets(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level. The gradient passes weights unchanged, and inputs up to the end of the table."""
         with torch.no_grad():
-            levels = self.on_grid(self.levels())
+            tables, codes = sorted_levels(self.codes, self.basis)
+            levels = self.on_grid(tables if self.spec.granularity == "channel" else tables[0])
             y = codebook.lookup(x, levels, codebook.midpoints(levels))
-            self._follow(x)
+            self._follow(x, tables, codes)
         if self.spec.role == "weight":
             return straight_through(y, x)
         return straight_through(y, x.clamp(levels[0] if self.spec.signed else None, levels[-1]))
 
-    def _follow(self, x: Tensor) -> None:
-        """Move the basis towards the one that fits x best under the codes that x has now."""
-        levels, codes = sorted_levels(self.codes, self.basis)
+    def _follow(self, x: Tensor, levels: Tensor, codes: Tensor) -> None:
+        """Move the basis towards the one that fits x best under the codes that x has now; tables as from `sorted_levels`."""
         rows = x.reshape(self.spec.channels, -1)
         place = codebook.encode(rows, codebook.midpoints(levels)).long()
         mass, moment = (codebook.sum_by_code(place, v, levels.shape) for v in (torch.ones_like(rows), rows))

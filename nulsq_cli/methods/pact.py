@@ -27,6 +27,8 @@ class PACT(Quantizer):
             decay, as in the paper; set 0 if the steps' optimizer has a weight decay that does the same.
     """
 
+    of_any_width = ("alpha",)
+
     def __init__(self, spec: QuantSpec, *, alpha: float = 10.0, penalty: float = 1e-4) -> None:
         if not alpha > 0 or not penalty >= 0:
             raise ValueError(f"alpha must be positive and penalty 0 or positive, got {alpha} and {penalty}")
