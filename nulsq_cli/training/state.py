@@ -140,6 +140,8 @@ class State:
             distribute_bn(self.model, self.world.size, reduce=how == "reduce")
         if self.ema is not None:
             distribute_bn(self.ema.module, self.world.size, reduce=False)
+        for module in self.also.values():  # a teacher that learned must be one and the same when it teaches
+            distribute_bn(module, self.world.size, reduce=how == "reduce")
 
     def save(self, name: str) -> None:
         """Write everything under `checkpoints/<name>.safetensors`; the first process does."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,23 +147,43 @@ def share_statistics(variables, how, folder):
     """What one process does in the next test."""
     os.environ.update(variables)
     world = join("cpu")
-    norms = [nn.BatchNorm1d(1), nn.BatchNorm1d(1)]
+    norms = [nn.BatchNorm1d(1) for _ in range(3)]
     for norm in norms:
         norm.running_mean.fill_(1.0 + 2.0 * world.rank)
-    State.share_running_statistics(SimpleNamespace(world=world, model=norms[0], ema=SimpleNamespace(module=norms[1])), how)
+    run = SimpleNamespace(world=world, model=norms[0], ema=SimpleNamespace(module=norms[1]), also={"teacher": norms[2]})
+    State.share_running_statistics(run, how)
     world.leave()
     (folder / str(world.rank)).write_text(json.dumps([norm.running_mean.item() for norm in norms]))
 
 
 @pytest.mark.parametrize(("how", "means"), [("reduce", [2, 2]), ("broadcast", [1, 1]), ("none", [1, 3])])
 def test_running_statistics_become_the_mean_of_all_processes_or_those_of_the_first(tmp_path, how, means):
-    """Those of the averaged model are always those of the first, which is what its checkpoint holds."""
+    """Those of the averaged model are always those of the first, which is what its checkpoint holds; a teacher's never differ."""
     processes = [CONTEXT.Process(target=share_statistics, args=(place(rank, 2, tmp_path), how, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [[mean, 1] for mean in means]
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [
+        [mean, 1, 2 if how == "reduce" else 1] for mean in means
+    ]
+
+
+def test_a_teacher_that_studied_along_is_the_same_in_both_processes(train, tmp_path):
+    """A checkpoint has the first process's, to which both go back; that must change nothing."""
+    command = ("--kd-model-name", "self", "-b", 256, "scheme.name=qkd", "scheme.options={self_study: 0, co_study: 0.5}",
+               "--epochs", 2)  # fmt: skip
+    whole = train("whole", 2, *command)
+    (tmp_path / "again").mkdir()
+    for path in whole.rglob("*.*"):
+        if path.is_file() and path.stem not in ("last", "recovery"):
+            copy = tmp_path / "again" / path.relative_to(whole)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy.with_stem("last") if path.stem == "previous" else copy)
+    again = train("again", 2, *command, "--resume", "auto")
+    assert "resumed from last" in (again / "train.log").read_text()
+    for name, tensor in model(whole).items():
+        assert torch.equal(tensor, model(again)[name]), name
 
 
 def test_another_split_keeps_the_position_in_samples():
