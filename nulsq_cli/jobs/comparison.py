@@ -70,22 +70,38 @@ def compare(r: recipe.Recipe, matrix: Matrix, folder: Path, *, collect: bool, sh
 
 
 def _same_recipe(r: recipe.Recipe, folder: Path) -> None:
+    """Keep the recipe with the comparison, or find it there; what is compared may differ."""
     path = folder / "compare.yaml"
-    varied = tuple(f"{key.split('.')[-1]}: " for key in VARIED)
-    # Everything but what is compared: the lines of the two top keys of `quant`, and the seed.
-    lines = [line for line in r.to_yaml().splitlines() if not line.removeprefix("  ").startswith(varied)]
-    text = "\n".join(lines) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        old, new = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
-        changed = [line.strip() for line in new if line not in old] or [line.strip() for line in old if line not in new]
-        raise UsageError(f"holds a comparison with another recipe, this one has `{changed[0]}`", where=folder,
-                         fix="choose another folder with -o")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, r.to_yaml())
+        return
+    before, now = (_settings(x) for x in (recipe.load(path), r))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UsageError(f"holds a comparison with another recipe, with {key} {before.get(key)!r}, not {now.get(key)!r}",
+                             where=folder, fix="choose another folder with -o")  # fmt: skip
+
+
+def _settings(r: recipe.Recipe) -> dict[str, Any]:
+    """Dotted key -> value of all that one comparison keeps the same."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, at: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(inner, f"{at}.{key}" if at else key)
+        elif at not in VARIED:
+            found[at] = value
+
+    walk(r.model_dump(mode="json", exclude={"description", "published", "measured"}), "")
+    return found
 
 
 def _report(r: recipe.Recipe, matrix: Matrix, results: list[dict[str, Any]], folder: Path, show: Any) -> dict[str, Any]:
-    published = {(p.method, str(p.bits)): p.top1 for p in r.published if p.scheme in (None, r.scheme.name)}
+    steady = [s.name for s in r.quant.stabilizers]
+    published = {(p.method, str(p.bits)): p.top1 for p in r.published
+                 if p.scheme in (None, r.scheme_name) and steady == [p.stabilizer] * (p.stabilizer is not None)}  # fmt: skip
     cells = comparison.gather(results, matrix.methods, matrix.widths, published)
     done = [x for x in results if "failed" not in x]
     float_top1 = done[0]["float"]["top1"] if done else None

@@ -12,6 +12,9 @@ from nulsq_cli.files import write_atomically
 from nulsq_cli.report.comparison import Cell
 
 COLORS = ("#6f4fd8", "#e0853a", "#2a9d8f", "#c8427a", "#5b7083", "#b8a11e")
+MANY = ("#5b7083", "#6f4fd8", "#c8427a", "#2f3fb5", "#e0853a", "#2a9d8f", "#8a5a2b", "#b8a11e", "#d1495b", "#3a86c8",
+        "#5d8c3a", "#9b72aa", "#7a7a7a", "#00798c")  # fmt: skip
+"""For as many methods as there are; the first ones are those of the default comparison."""
 INK, FAINT = "#22223b", "#d9d9e3"
 
 
@@ -34,11 +37,11 @@ def entropy(targets: list[dict[str, Any]], path: Path) -> None:
 
 
 def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path) -> None:
-    """Draw accuracy against bits, a line per method, with its spread over seeds.
+    """Draw accuracy against bits, a line per method that is named at its end, with its spread over seeds.
 
     Args:
         cells: as `report.comparison.gather` makes them.
-        float_top1: of the float model, percent; a dashed line.
+        float_top1: of the float model, percent; a dotted line.
         title: above the picture.
         path: the picture; its suffix chooses the format.
 
@@ -46,28 +49,52 @@ def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path
         InputError: as `entropy`.
     """
     methods, widths = (list(dict.fromkeys(getattr(c, key) for c in cells)) for key in ("method", "bits"))
+    ends: list[tuple[float, float, str, str]] = []  # x, y, method, color
     with _drawing() as plt:
-        figure, axis = plt.subplots(figsize=(4.6 + 1.6 * len(widths), 5.6), layout="constrained")
+        figure, axis = plt.subplots(figsize=(4.4 + 1.6 * len(widths), max(5.0, 0.42 * len(methods))), layout="constrained")
         for index, method in enumerate(methods):
-            own = [c for c in cells if c.method == method and c.mean is not None]
+            here = [c for c in cells if c.method == method]
+            own = [c for c in here if c.mean is not None]
+            color, strong = MANY[index % len(MANY)], method.startswith("nulsq")
             # A little aside of each other, so that equal accuracies stay visible.
-            aside = (index - (len(methods) - 1) / 2) * 0.3 / max(len(methods), 1)
+            aside = (index - (len(methods) - 1) / 2) * 0.24 / max(len(methods), 1)
             axis.errorbar(
                 [widths.index(c.bits) + aside for c in own], [c.mean for c in own], yerr=[c.spread or 0 for c in own],
-                label=method, color=COLORS[index % len(COLORS)], marker="osD^vP*X"[index // len(COLORS) % 8], ms=6,
-                lw=2 if method.startswith("nulsq") else 1.2, ls="-" if method.startswith("nulsq") else (0, (4, 2)), capsize=3,
+                color=color, marker="o", ms=5.5, lw=2.2 if strong else 1.2, ls="-" if strong else (0, (4, 2)),
+                capsize=3 if any(c.spread for c in own) else 0, zorder=3 if strong else 2,
             )  # fmt: skip
+            if own:
+                ends.append((widths.index(own[-1].bits) + aside, own[-1].mean, method, color))
+            for cell in here:
+                if cell.published is not None:
+                    axis.plot(widths.index(cell.bits) + aside, cell.published, "o", color=color, mfc="none", ms=8)
         if float_top1 is not None:
             axis.axhline(float_top1, color=INK, lw=0.9, ls=(0, (1, 2)))
-            axis.text(-0.3, float_top1, "float", va="bottom", fontsize=9)
-        axis.set_xlim(-0.35, len(widths) - 0.65)
+            axis.text(-0.33, float_top1, f"float {float_top1:.2f}", va="bottom", fontsize=9)
+        axis.set_xlim(-0.35, len(widths) - 0.15)
+        low, high = axis.get_ylim()
+        _name_ends(axis, ends, len(widths) - 0.72, 0.3 * (high - low) / figure.get_figheight())
         axis.set_xticks(range(len(widths)), widths)
-        axis.set_xlabel("bits, weights/activations")
+        notes = [" · bars: standard deviation over seeds"] * any(c.spread for c in cells)
+        notes += [" · open circles: published"] * any(c.published for c in cells)
+        axis.set_xlabel("bits, weights/activations" + "".join(notes), fontsize=9)
         axis.set_ylabel("top-1 %")
         axis.yaxis.grid(True, color=FAINT, lw=0.7)
         axis.set_axisbelow(True)
-        figure.legend(loc="outside right upper", frameon=False)
         _write(figure, title, path)
+
+
+def _name_ends(axis: Any, ends: list[tuple[float, float, str, str]], column: float, apart: float) -> None:
+    """Write each name in one column right of the lines, no two closer than `apart`, and lead a hairline to it."""
+    places: list[float] = []
+    for _, y, _, _ in sorted(ends, key=lambda e: e[1]):
+        places.append(y if not places else max(y, places[-1] + apart))
+    middle = sum(places) / max(len(places), 1) - sum(e[1] for e in ends) / max(len(ends), 1)
+    for (x, y, name, color), place in zip(sorted(ends, key=lambda e: e[1]), places, strict=True):
+        where = place - middle
+        axis.plot([x, column - 0.02], [y, where], color=color, lw=0.5, alpha=0.6)
+        axis.text(column, where, name, color=color, va="center", fontsize=10,
+                  fontweight="bold" if name.startswith("nulsq") else "normal")  # fmt: skip
 
 
 @contextmanager

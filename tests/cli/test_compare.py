@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from nulsq_cli import recipe
+from nulsq_cli.errors import UsageError
+from nulsq_cli.jobs import comparison
 from tests.cli.test_commands import FAST, nulsq, refused
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +47,8 @@ def test_a_matrix_is_run_continued_after_a_kill_and_collected(tmp_path):
 
     again = nulsq("compare", "quickstart", *FAST, *MATRIX, "-o", folder, "--collect", "--json")
     assert json.loads(again.stdout) == result
-    refused("compare", "quickstart", *FAST, *MATRIX, "--lr", "0.5", "-o", folder, code=2, words="another recipe")
+    refused("compare", "quickstart", *FAST, *MATRIX, "--lr", "0.5", "-o", folder, code=2,
+            words="another recipe, with optimizer.weights.lr 0.02, not 0.5")
 
 
 def test_impossible_matrices_are_refused_before_anything_runs(tmp_path):
@@ -52,3 +59,28 @@ def test_impossible_matrices_are_refused_before_anything_runs(tmp_path):
     ):  # fmt: skip
         refused("compare", "quickstart", *arguments, "-o", tmp_path / "none", code=code, words=words)
     assert not (tmp_path / "none").exists()
+
+
+def test_only_what_is_compared_may_differ_from_the_recipe_that_a_folder_holds(tmp_path):
+    r = recipe.load("quickstart")
+    comparison._same_recipe(r, tmp_path)
+    assert recipe.load(tmp_path / "compare.yaml") == r
+    for change in ({"quant.method": "lsq"}, {"quant.bits": "4/4"}, {"seed": 7}, {"description": "x"}):
+        comparison._same_recipe(recipe.with_values(r, change), tmp_path)
+    for change in ({"quant.first_last.method": "nulsq-wa"}, {"quant.first_last.bits": "4/4"},
+                   {"quant.rules": [{"match": "conv1", "bits": "4/4"}]}, {"model.kwargs": {"seed": 3}}):  # fmt: skip
+        with pytest.raises(UsageError, match=re.escape(next(iter(change)))):
+            comparison._same_recipe(recipe.with_values(r, change), tmp_path)
+
+
+def test_a_figure_is_quoted_for_the_stabilizer_and_scheme_that_it_is_of(tmp_path, monkeypatch):
+    quoted, matrix = [], comparison.Matrix(["lsq"], ["4/4"], [1])
+    monkeypatch.setattr(comparison.comparison, "gather", lambda results, methods, widths, published: quoted.append(published))
+    for name, change, expected in (
+        ("imagenet_mobilenetv2_br", {}, 3), ("imagenet_mobilenetv2_br", {"quant.stabilizers": []}, 0),
+        ("imagenet_mobilenetv2", {}, 12), ("imagenet_mobilenetv2_profit", {}, 1),
+        ("imagenet_mobilenetv2_profit", {"scheme.name": "kd", "scheme.options": None}, 0),
+    ):  # fmt: skip
+        with pytest.raises(TypeError):  # nothing was gathered
+            comparison._report(recipe.with_values(recipe.load(name), change), matrix, [], tmp_path, None)
+        assert len(quoted.pop()) == expected, (name, change)
