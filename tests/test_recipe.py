@@ -189,6 +189,41 @@ def test_a_recipe_that_is_not_there(write, tmp_path):
             recipe.load(sly)
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    (["quant.method=pact", "quant.bits=4/32"], "quant.method: pact quantizes activations"),
+    (["quant.method=apot", "quant.bits=7/7"], "quant.method: apot has activations of at most 6 bits, asked for 7"),
+    (["quant.method=apot", "quant.bits=8/4"], "quant.method: apot has weights of at most 7 bits, asked for 8"),
+    (["quant.method=duq", "quant.signed=false"], "quant.method: duq has one form for signed inputs and another"),
+    (["scheme.name=qkd"], "scheme.name: qkd needs a teacher"),
+    (["scheme.name=profit"], "scheme.name: profit needs a teacher"),
+    (["quant.method=ewgs", "quant.bits=32/4"], "quant.method: ewgs keeps the scale of its activations"),
+    (["quant.method=dorefa", "quant.granularity=channel"], "quant.method: dorefa has one weight table per tensor"),
+])  # fmt: skip
+def test_what_a_method_or_scheme_cannot_do_is_said_when_the_recipe_is_checked(changes, words):
+    with pytest.raises(RecipeError) as said:
+        recipe.load("quickstart", overrides=changes)
+    assert said.value.exit_code == 2 and f"<command line>: {words}" in str(said.value)
+
+
+def test_such_requests_of_rules_are_found_all_at_once_with_their_lines(write):
+    path = write("""extends: [quickstart]
+quant:
+  bits: 7/7
+  method: apot
+  signed: false
+  rules:
+    - {match: conv1, method: pact, bits: 4/32}
+    - {match: "layer1*", method: duq, bits: 4/4}
+    - {match: "layer2*", method: duq, bits: 4/4, signed: false}
+scheme: {name: qkd}
+""")
+    said = complaints(path)
+    assert [line[:30] for line in said] == [
+        "r.yaml:4: quant.method: apot h", "r.yaml:7: quant.rules.0: pact ", "r.yaml:8: quant.rules.1: duq h",
+        "r.yaml:10: scheme.name: qkd ne",
+    ]  # fmt: skip
+
+
 def test_files_that_are_no_recipes(write, tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert complaints(Path("bytes.yaml")) == ["bytes.yaml: is no text"]

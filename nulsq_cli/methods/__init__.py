@@ -25,6 +25,7 @@ class Method:
         per_channel: whether weights may have a table per output channel.
         signed: whether inputs may be negative.
         only_activations: the paper quantizes no weights; those of another method stand in.
+        two_forms: negative inputs are no tail to be cut off but decide the formula; nobody may call all inputs unsigned.
         both_sides: activations need the weights' quantizer beside them, which brings the scale back.
         widest_on_grid: of weights, unsigned and signed inputs, in bits, whose levels fit an int8 grid: 256 levels
             fit only where they are even and one of them is 0.
@@ -39,6 +40,7 @@ class Method:
     per_channel: bool = True
     signed: bool = True
     only_activations: bool = False
+    two_forms: bool = False
     both_sides: bool = False
     widest_on_grid: tuple[int, int, int] = (8, 8, 8)
 
@@ -133,7 +135,7 @@ METHODS: dict[str, Method] = {
         "lq_nets:LQNets", "lq_nets:LQNets", "sums of a basis that is fitted to the data, not trained",
         widest_on_grid=(7, 7, 7),
     ),
-    "duq": Method("duq:DuQ", "duq:DuQ", "an even grid with a learned scale before it and another behind it"),
+    "duq": Method("duq:DuQ", "duq:DuQ", "an even grid with a learned scale before it and another behind it", two_forms=True),
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from nulsq_cli.errors import suggest
 from nulsq_cli.methods import METHODS
 from nulsq_cli.schemes import SCHEMES
+from nulsq_cli.values import FLOAT_BITS
 
 if TYPE_CHECKING:
     from nulsq_cli.recipe.schema import Recipe
@@ -42,6 +43,11 @@ def _methods(r: Recipe) -> list[str]:
     for key, method, *wanted in asked:
         if what := METHODS[method].complaint(*wanted, q.grid):
             wrong.append(f"{key}: {method} {what}")
+    told = {f"quant.rules.{i}" for i, x in enumerate(q.rules) if x.signed is not None}
+    for key, method, bits, *_ in asked:
+        if q.signed is False and key not in told and METHODS[method].two_forms and bits.activations != FLOAT_BITS:
+            wrong.append(f"{key}: {method} has one form for signed inputs and another for unsigned ones, and quant.signed: false"
+                         " leaves it no rule to tell them apart (leave auto, or declare layers in quant.rules)")  # fmt: skip
     known = METHODS[q.method].options
     for name in q.options:
         if name not in known:

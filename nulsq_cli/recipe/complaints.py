@@ -59,8 +59,9 @@ def sentence(error: Any, places: Places) -> str:
 
 def _across(line: str, places: Places) -> str:
     """A complaint about several sections, `key: what`, with the place of its key."""
-    parts = line.partition(": ")[0].split(".")
-    return f"{places.get(tuple(parts)) or places.get((), 'recipe')}: {line}"
+    key = tuple(int(part) if part.isdigit() else part for part in line.partition(": ")[0].split("."))
+    place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), "recipe")
+    return f"{place}: {line}"
 
 
 def _must(error: Any, loc: Key) -> str:

@@ -211,12 +211,25 @@ def test_the_small_commands(run, tmp_path):
     assert dry["dry_run"] and not (tmp_path / "dry").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["validate", "quickstart"], ["ls", "recipes"], ["ls", "methods"], ["finetune", "--help"]]
-)
-def test_quick_commands_never_load_torch(arguments):
+def without_torch(arguments):
+    """A command in a process that says at its end whether it loaded torch."""
     code = f"import sys; sys.argv = ['nulsq', *{arguments!r}]\nimport atexit\n" \
            "atexit.register(lambda: print('LOADED' if {'torch', 'timm'} & set(sys.modules) else 'CLEAN'))\n" \
            "from nulsq_cli.cli import main; main()"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip().endswith("CLEAN"), done.stdout[-300:] + done.stderr
+    assert done.stdout.strip().endswith("CLEAN"), done.stdout[-300:] + done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["validate", "quickstart"], ["ls", "recipes"], ["ls", "methods"], ["finetune", "--help"]]
+)
+def test_quick_commands_never_load_torch(arguments):
+    assert without_torch(arguments).returncode == 0
+
+
+def test_what_no_method_can_do_is_refused_before_torch_is_loaded(tmp_path):
+    (tmp_path / "bad.yaml").write_text("extends: [quickstart]\nquant: {method: apot, bits: 7/7}\nscheme: {name: qkd}\n")
+    done = without_torch(["validate", str(tmp_path / "bad.yaml")])
+    assert done.returncode == 2
+    assert "apot has activations of at most 6 bits" in done.stderr and "qkd needs a teacher" in done.stderr
