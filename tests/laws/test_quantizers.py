@@ -46,14 +46,18 @@ def can(method: str, bits: int, role: str, signed: bool, granularity: str) -> bo
     return METHODS[method].complaint(widths, granularity, signed if role == "activation" else None) is None
 
 
-CASES = [
-    pytest.param(method, QuantSpec(bits, signed, role, granularity, 3 if granularity == "channel" else 1),
-                 id=f"{method}-{bits}-{role}-{'signed' if signed else 'unsigned'}-{granularity}")
-    for method in METHODS for bits in (2, 3, 4, 8)
-    for role, signed, granularity in (("weight", True, "tensor"), ("weight", True, "channel"),
-                                      ("activation", True, "tensor"), ("activation", False, "tensor"))
-    if can(method, bits, role, signed, granularity)
-]  # fmt: skip
+def cases(*widths: int) -> list:
+    return [
+        pytest.param(method, QuantSpec(bits, signed, role, granularity, 3 if granularity == "channel" else 1),
+                     id=f"{method}-{bits}-{role}-{'signed' if signed else 'unsigned'}-{granularity}")
+        for method in METHODS for bits in widths
+        for role, signed, granularity in (("weight", True, "tensor"), ("weight", True, "channel"),
+                                          ("activation", True, "tensor"), ("activation", False, "tensor"))
+        if can(method, bits, role, signed, granularity)
+    ]  # fmt: skip
+
+
+CASES, ALL_WIDTHS = cases(2, 3, 4, 8), cases(*range(2, 9))
 
 
 def data(spec: QuantSpec, seed: int = 0) -> torch.Tensor:
@@ -77,7 +81,7 @@ def once(quantizer, x: torch.Tensor) -> torch.Tensor:
     return deepcopy(quantizer)(x).detach()
 
 
-@pytest.mark.parametrize(("method", "spec"), CASES)
+@pytest.mark.parametrize(("method", "spec"), ALL_WIDTHS)
 def test_outputs_are_levels_monotone_and_stay_when_quantized_again(method, spec):
     quantizer = started(method, spec)
     x = data(spec, 1).sort(1).values
@@ -92,7 +96,7 @@ def test_outputs_are_levels_monotone_and_stay_when_quantized_again(method, spec)
             torch.testing.assert_close(once(quantizer, y), y, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("method", "spec"), CASES)
+@pytest.mark.parametrize(("method", "spec"), ALL_WIDTHS)
 def test_training_and_evaluation_agree_away_from_thresholds(method, spec):
     quantizer, x = started(method, spec), data(spec, 2)
     tables = quantizer.codebook(x)
@@ -102,7 +106,7 @@ def test_training_and_evaluation_agree_away_from_thresholds(method, spec):
     torch.testing.assert_close(once(quantizer.train(), x)[sure], once(quantizer.eval(), x)[sure], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("method", "spec"), CASES)
+@pytest.mark.parametrize(("method", "spec"), ALL_WIDTHS)
 def test_the_codebook_has_a_zero_and_is_sorted_with_thresholds_between(method, spec):
     quantizer = started(method, spec)
     tables = quantizer.codebook(data(spec))

@@ -64,6 +64,22 @@ def test_forward_and_gradients_are_those_of_the_authors(shared, name):
     torch.testing.assert_close(got * scale_of(case), t["grad_steps"], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(3, False), QuantSpec(2, True), QuantSpec(3, True, "weight", "channel", 4)], ids=str)
+def test_nulsq_with_equal_gaps_is_lsq(spec):
+    torch.manual_seed(0)
+    x, grad = torch.randn(4, 500), torch.randn(4, 500)  # no entry is on a threshold, where the two part
+    nulsq, lsq = make_quantizer("nulsq-wa", spec).train(), make_quantizer("lsq", spec).train()
+    nulsq.gaps.data.fill_(0.3)
+    lsq.step.data.fill_(0.3)
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    outputs = nulsq(inputs[0]), lsq(inputs[1])
+    for y in outputs:
+        y.backward(grad)
+    torch.testing.assert_close(*(y.detach() for y in outputs), rtol=1e-6, atol=0)
+    assert torch.equal(inputs[0].grad, inputs[1].grad) and inputs[0].grad.eq(0).any()
+    torch.testing.assert_close(nulsq.gaps.grad.sum(1), lsq.step.grad, rtol=1e-5, atol=1e-4)
+
+
 def test_the_gradient_scale_of_lsq_counts_weights_or_features_not_the_batch():
     spec = QuantSpec(3, True, "weight")
     for shape, role, shared_by in (((4, 3, 2, 2), "weight", 48), ((7, 5, 6), "activation", 30)):
