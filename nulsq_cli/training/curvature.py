@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nulsq_cli.layers import without
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.training.order import reseed
 from nulsq_cli.training.world import World
@@ -40,7 +41,8 @@ def follow(model: nn.Module, quantizers: Sequence[Quantizer], loader: Callable[[
     kept = [(b, b.clone()) for b in model.buffers()]
     rows = []
     for images, target in islice(loader(), max(wanted.values())):
-        rows.append(ratios(model, list(wanted), images.to(world.device), target.to(world.device), generator))
+        with without(model, "_compiled_call_impl"):  # a graph compiled by torch has no second derivative
+            rows.append(ratios(model, list(wanted), images.to(world.device), target.to(world.device), generator))
         for buffer, before in kept:  # statistics that follow training batches
             buffer.copy_(before)
     found = torch.stack(rows).mean(0) if rows else torch.zeros(len(wanted), dtype=torch.float64)

@@ -75,6 +75,7 @@ def test_it_stops_when_the_mean_has_settled(net, monkeypatch):
 def test_deltas_follow_and_nothing_else_moves(net):
     model, images, target = net
     before, every = copy.deepcopy(model.state_dict()), list(quantizers(model).values())
+    model._compiled_call_impl = compiled = lambda *_: pytest.fail("a compiled model was asked")
     passes = []
 
     def loader():
@@ -89,6 +90,7 @@ def test_deltas_follow_and_nothing_else_moves(net):
     assert len(passes) == 1 and any(d > 0 for d in deltas)
     for name, value in model.state_dict().items():
         assert name.endswith("delta") or torch.equal(value, before[name]), name
+    assert model._compiled_call_impl is compiled
     assert all(q.rounded is None and not q.watched for q in every) and all(p.grad is None for p in model.parameters())
     model.load_state_dict(before)
     curvature.follow(model, every, loader, 2, 42, ALONE)
