@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ["quickstart", "schedule.epochs=2", "data.dataset=''", "data.val_split=val", "data.batch_size=16", "data.hold_out=0.2",
           "data.validation_batch_size=50", "quant.calibration.samples=64", "bn.reestimate_samples=64",
           "checkpoint.recovery_steps=3", "engine.device=cpu"]  # fmt: skip
+MORE: list[str] = []
+"""Further changes, from the command line."""
 IMAGES = {"train": 20, "val": 5}
 """Of each digit: few, so that a run is short and its writing takes a good share of it."""
 LIMIT = 300
@@ -39,7 +41,7 @@ LIMIT = 300
 def command(folder: Path) -> list[str]:
     """The arguments of every process of a run, the first one's, too."""
     images = folder.parent / "digits"
-    return ["finetune", *RECIPE, f"data.data_dir={images}", "-o", str(folder), "--resume", "auto", "-q"]
+    return ["finetune", *RECIPE, *MORE, f"data.data_dir={images}", "-o", str(folder), "--resume", "auto", "-q"]
 
 
 def draw_digits(folder: Path) -> None:
@@ -182,6 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="start no further run after this time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for every process; slower")
+    parser.add_argument("--also", nargs="*", default=[], metavar="KEY=VALUE", help="further changes of the recipe")
     parser.add_argument("--folder", type=Path, help="where to work, on the disk to be tried (default: a temporary folder)")
     return parser.parse_args()
 
@@ -189,6 +192,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run, kill, resume, compare, print the table; exit code 1 if anything differs."""
     given = arguments()
+    MORE.extend(given.also)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(ROOT))
     import nulsq_cli.jobs  # noqa: F401 the one import that forked children share

@@ -62,6 +62,10 @@ def _end(error: BaseException) -> int:
         text, code = f"error: {error}", error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         text, code = "error: interrupted\n  fix: go on with the same command and --resume auto", 130
+    elif str(error).startswith("DataLoader worker"):  # torch's words for a loader process that died
+        text = (f"error: the images cannot be read any more: {str(error).splitlines()[0].strip()}\n  fix: if memory ran out, use"
+                " fewer loaders with --workers; then give the same command again, a run's with --resume auto")  # fmt: skip
+        code = 3
     else:
         text = f"error: unexpected {type(error).__name__}: {error}\n  fix: this is a bug; run again with -v and report it"
     if not launch.one_of_many():

@@ -27,6 +27,7 @@ def evaluate(
     mean: Annotated[tuple[float, float, float] | None, typer.Option("--mean", help="Mean of each channel.")] = None,
     std: Annotated[tuple[float, float, float] | None, typer.Option("--std", help="Deviation of each channel.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per batch.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
     as_json: Json = False, quiet: Quiet = False, no_color: NoColor = False,
 ) -> None:  # fmt: skip
@@ -45,7 +46,7 @@ def evaluate(
     from nulsq_cli import jobs
 
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)
-    given = {"data_dir": data_dir, "dataset": dataset, "val_split": val_split, "batch_size": batch_size,
+    given = {"data_dir": data_dir, "dataset": dataset, "val_split": val_split, "batch_size": batch_size, "workers": workers,
              "validation_batch_size": batch_size, "mean": mean and list(mean), "std": std and list(std)}  # fmt: skip
     result = jobs.evaluate(target or str(model), wanted, given, show=show)
     show.result(result)

@@ -80,7 +80,7 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--device", "engine.device", str, "cpu, cuda ... (default: auto)."),
     ("--seed", "seed", int, "Seed of everything random."),
     ("--log-interval", "log.interval", int, "Updates between two lines."),
-    ("--recovery-interval", "checkpoint.recovery_steps", int, "Updates between recovery checkpoints."),
+    ("--recovery-interval", "checkpoint.recovery_steps", str, "Between recovery checkpoints: 500 (updates) or 10m (minutes)."),
     ("--experiment", "output.experiment", str, "Name of the run folder."),
 ]  # fmt: skip
 
@@ -139,6 +139,10 @@ def read(items: list[str] | None, given: dict[str, tuple[str, Any]]) -> Any:
     if "quant.stabilizers" in given:
         flag, names = given["quant.stabilizers"]
         given = {**given, "quant.stabilizers": (flag, [{"name": n} for n in names])}
+    flag, interval = given.get("checkpoint.recovery_steps") or ("", "")
+    if interval.endswith("m"):
+        rest = {key: value for key, value in given.items() if key != "checkpoint.recovery_steps"}
+        given = {**rest, "checkpoint.recovery_minutes": (flag, interval[:-1])}
     if given.get("model.initial_checkpoint") and "model.pretrained" not in given:
         given = {**given, "model.pretrained": ("--initial-checkpoint", False)}
     return recipe.load(name, flags=given, overrides=changes)

@@ -3,6 +3,11 @@ import multiprocessing
 import os
 import signal
 
+import pytest
+import torch
+
+from nulsq_cli import cli
+from nulsq_cli.training import data
 from nulsq_cli.training.workers import ending_byte, start_worker
 
 
@@ -46,3 +51,23 @@ def test_the_byte_is_written_when_the_process_ends():
     process.join(timeout=30)
     assert process.exitcode == 0
     assert ending_byte(os.getpid())[0] == 0
+
+
+class Deadly(torch.utils.data.Dataset):
+    """The loader process that is given the third image dies of it."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1), 0
+
+
+def test_a_loader_that_dies_is_a_sentence_and_exit_code_3(capsys):
+    with pytest.raises(RuntimeError) as error:
+        list(data.eval_loader(Deadly(), lambda image: image, batch_size=1, workers=2))
+    assert cli._end(error.value) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("error: the images cannot be read any more: DataLoader worker") and said.count("\n") == 2
