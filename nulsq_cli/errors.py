@@ -28,7 +28,9 @@ class NulsqError(Exception):
 
     def __str__(self) -> str:
         first = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{first}\n  fix: {self.fix}" if self.fix else first
+        text = f"{first}\n  fix: {self.fix}" if self.fix else first
+        # Names come from files, and a terminal obeys what is not printable.
+        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(NulsqError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -69,12 +70,12 @@ class Show:
         """A table; on something that is no terminal the same, without colour and as wide as it needs."""
         if self.quiet:
             return
-        table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None,
+        table = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold", box=None,
                       pad_edge=False, padding=(0, 2, 0, 0))  # fmt: skip
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))  # a name may hold brackets
         wide = self.console if self.console.is_terminal else Console(
             file=self.console.file, width=200, no_color=True, highlight=False)  # fmt: skip
         wide.print(table)
