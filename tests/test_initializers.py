@@ -11,7 +11,7 @@ QUANTILES = torch.special.ndtri((torch.arange(400_000, dtype=torch.float64) + 0.
 
 
 def error(gaps: torch.Tensor, x: torch.Tensor, spec: QuantSpec) -> float:
-    from nulsq_cli.methods.nulsq import levels_around_zero
+    from nulsq_cli.ops.codebook import levels_around_zero
 
     levels = levels_around_zero(gaps, spec.negative)[0]
     nearest = (x.double()[:, None] - levels).abs().amin(1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from nulsq_cli import initializers
 from nulsq_cli.errors import pick
 from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
-from nulsq_cli.ops.codebook import quantize_to_levels
+from nulsq_cli.ops.codebook import levels_around_zero, quantize_to_levels
 from nulsq_cli.ops.estimators import scale_gradient
 from nulsq_cli.values import QuantSpec, TensorStats
 
@@ -39,10 +38,12 @@ class NuLSQ(Quantizer):
     def levels(self, gaps: Tensor | None = None) -> Tensor:
         """(K,) or (C, K), ascending, one of them exactly 0."""
         table = levels_around_zero(self.gaps if gaps is None else gaps, self.spec.negative)
-        return table if self.spec.granularity == "channel" else table[0]
+        return table if self.spec.granularity == "channel" else table.squeeze(0)
 
     def trained_levels(self, x: Tensor) -> Tensor:
         """On the grid if there is one, and with the factor on the gaps' gradient."""
+        if self.grad_scale == "none":
+            return self.on_grid(self.levels())
         below, above = self.gaps.split([self.spec.negative, self.spec.positive], dim=1)
         scaled = [
             scale_gradient(side, gradient_factor(x, self.spec, side.shape[1], self.grad_scale))
@@ -58,20 +59,3 @@ class NuLSQ(Quantizer):
     def after_step(self) -> None:
         """A gap may become small, not close or invert."""
         keep_positive(self.gaps.data)
-
-
-def levels_around_zero(gaps: Tensor, negative: int) -> Tensor:
-    """Sorted levels from the gaps between them, with a level that is exactly 0.
-
-    Args:
-        gaps: (C, N), positive, from the lowest gap to the highest.
-        negative: how many of the N gaps lie below zero.
-
-    Returns:
-        (C, N + 1); column `negative` is 0.
-    """
-    above = pad(gaps[:, negative:].cumsum(1), (1, 0))
-    if not negative:
-        return above
-    below = -gaps[:, :negative].flip(1).cumsum(1).flip(1)
-    return torch.cat((below, above), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nulsq_cli.ops import fast, native, traced
 from nulsq_cli.ops.remake import made_by
@@ -23,6 +24,37 @@ def middles(thresholds: Tensor) -> Tensor:
     low = 2 * thresholds[..., :1] - inner[..., :1]
     high = 2 * thresholds[..., -1:] - inner[..., -1:]
     return torch.cat((low, inner, high), -1)
+
+
+class _Around(torch.autograd.Function):
+    """One operation for autograd instead of ten: there are two of these in every layer, however small it is."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, gaps: Tensor, negative: int) -> Tensor:
+        ctx.negative = negative  # type: ignore[attr-defined]
+        above = pad(gaps[:, negative:].cumsum(1), (1, 0))
+        if not negative:
+            return above
+        return torch.cat((-gaps[:, :negative].flip(1).cumsum(1).flip(1), above), 1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        negative = ctx.negative  # type: ignore[attr-defined]
+        above = grad[:, negative + 1 :].flip(1).cumsum(1).flip(1)  # a gap moves all levels beyond it
+        return torch.cat((-grad[:, :negative].cumsum(1), above), 1) if negative else above, None
+
+
+def levels_around_zero(gaps: Tensor, negative: int) -> Tensor:
+    """Sorted levels from the gaps between them, with a level that is exactly 0.
+
+    Args:
+        gaps: (C, N), positive, from the lowest gap to the highest.
+        negative: how many of the N gaps lie below zero.
+
+    Returns:
+        (C, N + 1); column `negative` is 0.
+    """
+    return _Around.apply(gaps, negative)
 
 
 def encode(x: Tensor, thresholds: Tensor) -> Tensor:

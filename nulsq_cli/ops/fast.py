@@ -6,6 +6,9 @@ rounding of sums.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -26,8 +29,21 @@ def use(wanted: bool, *, accelerators: bool = False) -> bool:
     """
     global _wanted
     _wanted = wanted
+    if wanted:
+        _keep_freed_memory()
     fused.use(wanted and accelerators)
     return wanted and native.library() is not None
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Quantized tensors are freed as soon as they were used. Where the C library hands their pages back to the system each
+    time, getting new ones for the next tensor takes as long as quantizing it."""
+    trim_threshold, mmap_threshold = -1, -3
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another library than GNU's has another way
+        settings = ctypes.CDLL(None).mallopt
+        settings(mmap_threshold, 32 << 20)
+        settings(trim_threshold, 1 << 30)
 
 
 def loops(x: Tensor, table: Tensor, *, grid: bool = False, trained: bool = False) -> ModuleType | None:

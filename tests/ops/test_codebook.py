@@ -99,3 +99,13 @@ def test_decoding_gives_each_level_the_gradient_of_its_entries(shape):
     counts = codebook.sum_by_code(codes, torch.ones(3, 40), levels.shape)
     rows = codes if len(shape) == 2 else codes.view(1, -1)
     assert counts.view(len(rows), 5).tolist() == [[float((row == k).sum()) for k in range(5)] for row in rows]
+
+
+@pytest.mark.parametrize("negative", [0, 1, 3, 4])
+def test_gaps_add_up_on_both_sides_of_zero(negative):
+    gaps = (torch.rand(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(negative)) + 0.1).requires_grad_()
+    levels = codebook.levels_around_zero(gaps, negative)
+    assert (levels[:, negative] == 0).all()
+    torch.testing.assert_close(levels.diff(dim=1), gaps)
+    assert torch.autograd.gradcheck(lambda g: codebook.levels_around_zero(g, negative), (gaps,))
+    assert torch.autograd.gradgradcheck(lambda g: codebook.levels_around_zero(g, negative) ** 2, (gaps,))
