@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true", help="images and weights in this layout, on both sides")
     options = parser.parse_args()
     report = Report("step")
-    for case in cases(options, short=(128, 4), full=(128, 16)):
+    for case in cases(options, short=(64, 2), full=(128, 16)):
         measure(case, options, report)
     report.table(["model", "batch", "code", "method", "bits", "float_ms", "ms", "ratio", "least", "most"])
 
