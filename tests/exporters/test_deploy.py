@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,3 +157,18 @@ def test_the_command(tmp_path, capsys):
     assert found["entropy_bound_bytes"] <= found["ideal_weight_bytes"] <= found["packed_weight_bytes"]
     assert set(found["latency"]["onnxruntime"]) == {"float32", "static int8", "this file"}
 
+
+
+def test_the_example_in_the_documentation_runs_with_onnxruntime_alone(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    export("tiny_inverted", tmp_path / "model.onnx")
+    picture = Image.effect_noise((16, 16), 80).convert("RGB")
+    picture.save(tmp_path / "picture.jpg")
+    text = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    pixels = torch.from_numpy(np.asarray(Image.open(tmp_path / "picture.jpg")).copy()).permute(2, 0, 1).float() / 255
+    wanted = runtimes.onnxruntime(tmp_path / "model.onnx")((pixels[None] - 0.5) / 0.5).argmax(1)
+    assert capsys.readouterr().out.strip() == str(wanted.numpy())
