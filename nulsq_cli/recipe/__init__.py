@@ -197,7 +197,8 @@ def _checked(tree: Node, complaints: list[str]) -> Recipe:
         unknown = sum(e["type"] == "extra_forbidden" for e in errors[:MOST_SHOWN])
         found = [*sentences[:unknown], *found, *sentences[unknown:]]
     if recipe is None or found:
-        told = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in dict.fromkeys(found)]
+        lines = dict.fromkeys(line for several in found for line in several.split("\n"))
+        told = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in lines]
         more = [f"and {len(told) - MOST_SHOWN} more"] if len(told) > MOST_SHOWN else []
         raise RecipeError("\n".join([*told[:MOST_SHOWN], *more]), fix="`nulsq cat quickstart --resolved` shows every key")
     return recipe
