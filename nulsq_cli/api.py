@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nulsq_cli import calibrate, jobs, recipe, session
 from nulsq_cli.cli.show import Show
-from nulsq_cli.convert import Policy, convert, make_plan, with_signs
+from nulsq_cli.convert import Policy, make_plan
+from nulsq_cli.errors import UsageError
 from nulsq_cli.values import Bits
 
 
@@ -37,20 +38,14 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
         NulsqError: a bad width, method, rule or initializer, or an input that is not finite.
     """
     kept = list(batches)
+    if not kept or not all(isinstance(images, Tensor) for images in kept):
+        raise UsageError("quantize needs batches of images to measure, each one tensor",
+                         fix="of a loader that gives labels, too: (images for images, _ in loader)")  # fmt: skip
     wanted = Policy(Bits.parse(bits), method, **policy)
+    passes: calibrate.Passes = (lambda: enumerate(kept), len(kept))
     plan = make_plan(model, wanted, kept[0].shape[1:])
-
-    def chunks() -> Iterable[tuple[int, Tensor]]:
-        return enumerate(kept)
-
-    stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), chunks, len(kept))
-    plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, wanted)
-    convert(model, plan)
-    calibrate.initialize(model, stats, init, init)
-    calibrate.match_output_scales(model, chunks, len(kept))
-    if reestimate_batchnorm:
-        calibrate.reestimate_batchnorm(model, chunks, len(kept))
-    model.nulsq_plan = plan  # type: ignore[assignment]
+    model.nulsq_plan, _ = calibrate.quantize(model, plan, wanted, passes, (init, init),
+                                             passes if reestimate_batchnorm else None)  # fmt: skip
     return model
 
 

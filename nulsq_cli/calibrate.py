@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nulsq_cli.convert import Plan
+from nulsq_cli.convert import Plan, Policy, convert, with_signs
 from nulsq_cli.errors import InputError
 from nulsq_cli.initializers import measure
-from nulsq_cli.layers import QuantLayer, evaluating, quant_layers, without
+from nulsq_cli.layers import QuantLayer, evaluating, quant_layers, quantizers, without
 from nulsq_cli.measuring import Measured, block_sum, in_memory_order, reach
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import TensorStats
 
 Chunks = Callable[[], Iterable[tuple[int, Tensor]]]
 """Starts a pass over the calibration images of this process: (chunk number, normalised images)."""
+
+Passes = tuple[Chunks, int]
+"""The start of a pass, and how many chunks it has over all processes."""
 
 Reduce = Callable[[Tensor, str], Tensor]
 """All-reduce over processes, by `sum`, `min` or `max`; in one process it returns its argument."""
@@ -30,6 +33,39 @@ Reduce = Callable[[Tensor, str], Tensor]
 def alone(values: Tensor, how: str) -> Tensor:
     """The reduction of a single process."""
     return values
+
+
+def quantize(model: nn.Module, plan: Plan, policy: Policy, passes: Passes, rules: tuple[str, str], norm_passes: Passes | None,
+             reduce: Reduce = alone, before: nn.Module | None = None) -> tuple[Plan, int]:  # fmt: skip
+    """Convert a float model in place, start its steps from what was measured, and re-estimate BatchNorm.
+
+    Args:
+        model: the float model.
+        plan: what becomes of each layer.
+        policy: says which inputs are signed by what is measured.
+        passes: over the images of the statistics.
+        rules: names of the initializers of weights and inputs.
+        norm_passes: over the images for BatchNorm; None leaves it.
+        reduce: all-reduce over processes.
+        before: the same model at other widths: signs are those of the plan, and its quantizers hand on what they may.
+
+    Returns:
+        The plan with its signs, and how many BatchNorm layers were re-estimated.
+
+    Raises:
+        InputError: an input is not finite; the first such layer is named.
+    """
+    stats = measure_inputs(model, layers_to_measure(plan), *passes, reduce)
+    if before is None:
+        plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, policy)
+    convert(model, plan)
+    initialize(model, stats, *rules)
+    match_output_scales(model, *passes, reduce)
+    known = {} if before is None else quantizers(before)
+    for name, quantizer in quantizers(model).items():
+        if name in known:
+            quantizer.inherit(known[name])
+    return plan, 0 if norm_passes is None else reestimate_batchnorm(model, *norm_passes, reduce)
 
 
 @torch.no_grad()

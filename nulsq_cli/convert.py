@@ -209,21 +209,35 @@ def make_plan(model: nn.Module, policy: Policy, input_size: Sequence[int]) -> Pl
         name: m for name, m in model.named_modules()
         if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim >= 2
     }  # fmt: skip
-    _check_rules(policy.rules, weighted)
+    stay = {name: why for name, module in weighted.items() if (why := _stays_float(module, seen.get(name)))}
+    _check_rules(policy.rules, weighted, stay)
     ends = _first_and_last(model, seen)
-    layers = [_plan_layer(name, module, policy, seen.get(name), ends) for name, module in weighted.items()]
+    layers = [_plan_layer(name, module, policy, seen.get(name), ends, stay.get(name)) for name, module in weighted.items()]
     float_bytes = sum(t.numel() * 4 for t in model.state_dict().values() if t.is_floating_point())
     return Plan(tuple(layers), str(policy.bits), policy.method, dict(policy.options), float_bytes)
 
 
-def _check_rules(rules: Iterable[Rule], names: Iterable[str]) -> None:
-    names = list(names)
+def _stays_float(module: nn.Module, seen: Seen | None) -> str | None:
+    """Why a layer cannot be quantized, or None."""
+    if type(module) not in LAYERS:
+        return "no quantized form of this type"
+    return "its weight is used without calling the layer" if seen is None else None
+
+
+def _check_rules(rules: Iterable[Rule], weighted: dict[str, nn.Module], stay: dict[str, str]) -> None:
+    names = list(weighted)
     for rule in rules:
         try:
-            if not any(rule.fits(name) for name in names):
-                raise UsageError(f"the rule {rule.match!r} matches no layer", fix=suggest(rule.match, names[:40]))
+            found = [name for name in names if rule.fits(name)]
         except re.error as reason:
-            raise UsageError(f"the rule {rule.match!r} is no regular expression: {reason}") from reason
+            raise UsageError(f"the rule {rule.match!r} is no regular expression: {reason}",
+                             fix="write a glob, layer1.*, or mend the expression after re:") from reason  # fmt: skip
+        if not found:
+            raise UsageError(f"the rule {rule.match!r} matches no layer", fix=suggest(rule.match, names[:40]))
+        if not rule.skip and all(name in stay for name in found):
+            kind = type(weighted[found[0]]).__name__
+            raise UsageError(f"the rule {rule.match!r} changes nothing: {found[0]} ({kind}) stays in float, {stay[found[0]]}",
+                             fix="leave the rule out, or give it skip: true")  # fmt: skip
 
 
 def _first_and_last(model: nn.Module, seen: dict[str, Seen]) -> dict[str, str]:
@@ -241,17 +255,16 @@ def _first_and_last(model: nn.Module, seen: dict[str, Seen]) -> dict[str, str]:
     return ends
 
 
-def _plan_layer(name: str, module: nn.Module, policy: Policy, seen: Seen | None, ends: dict[str, str]) -> LayerPlan:
+def _plan_layer(name: str, module: nn.Module, policy: Policy, seen: Seen | None, ends: dict[str, str],
+                stays: str | None) -> LayerPlan:  # fmt: skip
     plan = LayerPlan(
         name=name, type=type(module).__name__, shape=tuple(module.weight.shape), weight_bits=policy.bits.weights,
         input_bits=policy.bits.activations, signed=policy.signed if isinstance(policy.signed, bool) else None,
         granularity=policy.granularity, method=policy.method, reason="default", grid=policy.grid,
     )  # fmt: skip
     in_float = {"weight_bits": FLOAT_BITS, "input_bits": FLOAT_BITS, "method": "float"}
-    if type(module) not in LAYERS:
-        return replace(plan, **in_float, reason="float: no quantized form of this type")
-    if seen is None:
-        return replace(plan, **in_float, reason="float: its weight is used without calling the layer")
+    if stays is not None:
+        return replace(plan, **in_float, reason=f"float: {stays}")
     if plan.signed is None:
         plan = replace(plan, signed=seen.signed)
     if name in ends and str(policy.bits) != "32/32":

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import nulsq_cli
-from nulsq_cli.errors import InputError
+from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.layers import quantizers
+from nulsq_cli.models import create_float_model
 
 
 def test_the_example_runs(capsys):
@@ -20,8 +21,6 @@ def test_the_example_runs(capsys):
 
 def test_quantize_trains_and_moves_every_step():
     torch.manual_seed(0)
-    from nulsq_cli.models import create_float_model
-
     model = create_float_model("resnet8_cifar")
     images, labels = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
     nulsq_cli.quantize(model, [images[:16], images[16:]], bits="3/3")
@@ -39,6 +38,12 @@ def test_quantize_trains_and_moves_every_step():
     assert losses[-1] < 0.8 * losses[0]
     for name, q in quantizers(model).items():
         assert all(not torch.equal(a, b) for a, b in zip(before[name], q.steps(), strict=True)), name
+
+
+@pytest.mark.parametrize("batches", [[], [(torch.zeros(2, 3, 16, 16), torch.zeros(2))]])
+def test_quantize_says_what_it_needs(batches):
+    with pytest.raises(UsageError, match="batches of images"):
+        nulsq_cli.quantize(create_float_model("resnet8_cifar"), batches)
 
 
 def test_finetune_and_load_from_python(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nulsq_cli import calibrate
+from nulsq_cli.cli.show import Show
 from nulsq_cli.convert import Plan, Policy, Rule, convert, make_plan, with_signs
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.layers import LAYERS, QuantConv2d, quant_layers, quantizers
@@ -62,7 +63,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_a_suggestion():
         make_plan(small(), policy(rules=(Rule("re:layer1("),)), SIZE)
 
 
-def test_a_subclass_that_computes_something_else_is_left_in_float_and_listed():
+def test_a_subclass_that_computes_something_else_is_left_in_float_and_said_aloud(capsys):
     class Odd(nn.Conv2d):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -70,6 +71,12 @@ def test_a_subclass_that_computes_something_else_is_left_in_float_and_listed():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Odd(4, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 5))
     plan = {p.name: p for p in make_plan(model, policy(), (3, 8, 8)).layers}
     assert plan["1"].method == "float" and "no quantized form" in plan["1"].reason
+    Show().plan(make_plan(model, policy(), (3, 8, 8)).to_json())
+    assert "! left in float: 1 Odd, 25.2 % of the weights (no quantized form of this type)" in capsys.readouterr().out
+    for rule in (Rule("1", skip=True), Rule("*", bits=Bits(4, 4))):
+        make_plan(model, policy(rules=(rule,)), (3, 8, 8))
+    with pytest.raises(UsageError, match=r"changes nothing: 1 \(Odd\) stays in float, no quantized form"):
+        make_plan(model, policy(rules=(Rule("1", bits=Bits(4, 4)),)), (3, 8, 8))
     convert(model, Plan(tuple(plan.values()), "3/3", "nulsq-wa", {}, 0))
     assert type(model[1]) is Odd and type(model[0]) is QuantConv2d
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +12,20 @@ import pytest
 from nulsq_cli import files
 from nulsq_cli.errors import InputError
 from nulsq_cli.training import checkpoint
+from tests.processes import Process
 
 SHORT = ["quickstart", "schedule.epochs=2", "data.hold_out=0.5", "data.batch_size=128", "quant.calibration.samples=64",
          "bn.reestimate_samples=64", "checkpoint.recovery_steps=2", "engine.device=cpu"]  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "nulsq_cli", "finetune", *SHORT, "-o", folder, "--resume", "auto", "-q"]
-    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
+def start(folder: Path) -> Process:
+    return Process("finetune", *SHORT, "-o", folder, "--resume", "auto", "-q")
 
 
-def one_sentence(process: subprocess.Popen, words: str) -> None:
-    said = process.communicate(timeout=600)[1]
-    assert process.returncode == 3, said
+def one_sentence(process: Process, words: str) -> None:
+    done = process.end()
+    said = done.stderr
+    assert done.returncode == 3, said
     assert said.startswith("error: ") and words in said and "fix: " in said
     assert said.count("\n") == 2 and "Traceback" not in said
 
@@ -42,17 +40,16 @@ def whole_checkpoints(folder: Path) -> list[str]:
 
 
 def go_on(folder: Path, whole: Path) -> None:
-    process = start(folder)
-    said = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, said
+    done = start(folder).end()
+    assert done.returncode == 0, done.stderr
     assert (folder / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("disk") / "whole"
-    process = start(folder)
-    assert process.wait(timeout=600) == 0, process.stderr.read()
+    done = start(folder).end()
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -70,12 +67,6 @@ def small_disk(tmp_path):
 
 def remount(place: Path, options: str) -> bool:
     return not subprocess.run(["mount", "-o", f"remount,{options}", str(place)], capture_output=True).returncode
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +88,9 @@ def test_a_disk_that_becomes_read_only_is_one_sentence(small_disk, whole):
     assert remount(small_disk, "size=64m")
     folder = small_disk / "run"
     process = start(folder)
-    wait_for(folder / "checkpoints/recovery.safetensors", process)
+    process.until(folder / "checkpoints/recovery.safetensors")
     while not remount(small_disk, "ro"):  # busy while a file is open for writing
-        assert process.poll() is None
+        assert process.alive()
     one_sentence(process, "cannot be written: Read-only file system")
     assert "last" in whole_checkpoints(folder)
     assert remount(small_disk, "rw")
@@ -109,7 +100,7 @@ def test_a_disk_that_becomes_read_only_is_one_sentence(small_disk, whole):
 def test_a_folder_that_vanishes_is_one_sentence_and_is_not_made_again(tmp_path):
     folder = tmp_path / "run"
     process = start(folder)
-    wait_for(folder / "checkpoints/recovery.safetensors", process)
+    process.until(folder / "checkpoints/recovery.safetensors")
     folder.rename(tmp_path / "away")
     one_sentence(process, "cannot be written: its folder is gone")
     assert not folder.exists() and "last" in whole_checkpoints(tmp_path / "away")

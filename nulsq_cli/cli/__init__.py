@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import typer
 
 from nulsq_cli.cli import commands, compare, finetune, launch
+from nulsq_cli.cli.everywhere import Verbose, everywhere, together
 from nulsq_cli.errors import NulsqError
 
 app = typer.Typer(
@@ -19,11 +20,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a vision model to 2-4 bits with learned non-uniform step sizes, and pack it.",
 )  # fmt: skip
-app.command("finetune", context_settings={"allow_interspersed_args": True})(finetune.finetune)
-app.command("plan")(finetune.plan)
-app.command("compare")(compare.compare)
-for name, command in commands.COMMANDS.items():
-    app.command(name)(command)
+for name, command in {
+    "finetune": finetune.finetune, "plan": finetune.plan, "compare": compare.compare, **commands.COMMANDS
+}.items():  # fmt: skip
+    app.command(name)(everywhere(command))
 
 
 def _version(wanted: bool) -> None:
@@ -35,7 +35,10 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def top(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+def top(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    verbose: Verbose = False,
+) -> None:
     """Fine-tune a vision model to 2-4 bits with learned non-uniform step sizes, and pack it."""
 
 
@@ -45,7 +48,7 @@ def main() -> None:
     verbose = "-v" in arguments or "--verbose" in arguments
     try:
         with _only_the_first_speaks():
-            app(args=[a for a in arguments if a not in ("-v", "--verbose")], prog_name="nulsq")
+            app(args=together(arguments), prog_name="nulsq")
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

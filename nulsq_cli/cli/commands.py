@@ -9,12 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from nulsq_cli.cli.everywhere import Json, NoColor, Quiet, numbers
 from nulsq_cli.cli.show import Show, size
 from nulsq_cli.errors import InputError, UsageError
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")]
-NoColor = Annotated[bool, typer.Option("--no-color", help="Plain text.")]
 
 
 def evaluate(
@@ -24,8 +21,8 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="timm dataset.")] = None,
     val_split: Annotated[str | None, typer.Option("--val-split", help="Name of the split.")] = None,
-    mean: Annotated[tuple[float, float, float] | None, typer.Option("--mean", help="Mean of each channel.")] = None,
-    std: Annotated[tuple[float, float, float] | None, typer.Option("--std", help="Deviation of each channel.")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", metavar="FLOAT...", help="Mean of each channel.")] = None,
+    std: Annotated[str | None, typer.Option("--std", metavar="FLOAT...", help="Deviation of each channel.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per batch.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
@@ -47,7 +44,7 @@ def evaluate(
 
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)
     given = {"data_dir": data_dir, "dataset": dataset, "val_split": val_split, "batch_size": batch_size, "workers": workers,
-             "validation_batch_size": batch_size, "mean": mean and list(mean), "std": std and list(std)}  # fmt: skip
+             "validation_batch_size": batch_size, "mean": numbers("--mean", mean), "std": numbers("--std", std)}  # fmt: skip
     result = jobs.evaluate(target or str(model), wanted, given, show=show)
     show.result(result)
     jobs.check_top1(result["top1"], min_top1, result["target"])

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nulsq_cli.cli.everywhere import Json, NoColor, Quiet
 from nulsq_cli.cli.finetune import Items, read, with_flags
 from nulsq_cli.cli.show import Show
 from nulsq_cli.errors import CheckFailedError, UsageError, pick
@@ -29,9 +30,9 @@ def compare(
         "output/compare"
     ),
     collect: Annotated[bool, typer.Option("--collect", help="Run nothing, put together what is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="Plain text.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
 ) -> None:  # fmt: skip
     """Run one recipe with many methods, widths and seeds, and print the table.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nulsq_cli.cli.everywhere import SEVERAL, Json, NoColor, Quiet, numbers
 from nulsq_cli.cli.launch import inside_a_launch, launch
 from nulsq_cli.cli.show import Show
 from nulsq_cli.errors import UsageError
@@ -35,8 +36,8 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--class-map", "data.class_map", str, "File that maps class names to numbers."),
     ("--hold-out", "data.hold_out", float, "Share of the training split on which the best epoch is chosen."),
     ("--input-size", "data.input_size", tuple[int, int, int], "Channels, height, width."),
-    ("--mean", "data.mean", tuple[float, float, float], "Mean of each channel."),
-    ("--std", "data.std", tuple[float, float, float], "Standard deviation of each channel."),
+    ("--mean", "data.mean", str, "Mean of each channel."),
+    ("--std", "data.std", str, "Standard deviation of each channel."),
     ("--interpolation", "data.interpolation", str, "bilinear, bicubic ..."),
     ("--crop-pct", "data.crop_pct", float, "Centre crop of the evaluation."),
     ("--batch-size,-b", "data.batch_size", int, "Images per batch and process."),
@@ -103,6 +104,7 @@ def with_flags(command: Callable[..., None], leave_out: Collection[str] = ()) ->
         keys[name] = (key, spelling.split(",")[0])
         wanted = f"{spelling}/--no-{spelling[2:]}" if kind is bool else spelling
         option = typer.Option(*wanted.split(","), help=text, show_default=False,
+                              metavar="FLOAT..." if spelling in SEVERAL else None,
                               rich_help_panel=_PANELS.get(key.split(".")[0], "Other"))  # fmt: skip
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
                                        annotation=Annotated[kind | None, option]))  # fmt: skip
@@ -110,6 +112,7 @@ def with_flags(command: Callable[..., None], leave_out: Collection[str] = ()) ->
     def run(**values: Any) -> None:
         given = {key: (flag, values.pop(name)) for name, (key, flag) in keys.items()}
         given = {k: (f, list(v) if isinstance(v, tuple) else v) for k, (f, v) in given.items() if v not in (None, ())}
+        given |= {k: (f, numbers(f, v)) for k, (f, v) in given.items() if f in SEVERAL}
         command(**values, given=given)
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -158,9 +161,9 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")] = False,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
     nproc_per_node: Annotated[int, typer.Option("--nproc-per-node", min=1, help="Processes that train together here.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="Plain text.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
 ) -> None:
     """Fine-tune a model to few bits, and leave a run with a packed, verified file.
 
@@ -180,9 +183,9 @@ def plan(
     items: Items = None,
     *,
     given: dict[str, tuple[str, Any]],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="Plain text.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
 ) -> None:
     """Show layer by layer what would be quantized, how, and why. Trains nothing, downloads nothing."""
     wanted = read(items, given)

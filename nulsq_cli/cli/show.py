@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ class Show:
             for p in plan["layers"]
         ]  # fmt: skip
         self.table("", ["layer", "type", "shape", "bits W/A", "input", "weights per", "method", "why"], rows)
+        left: dict[tuple[str, str], list[int]] = {}
+        for p in plan["layers"]:
+            if p["reason"].startswith("float: "):
+                left.setdefault((p["type"], p["reason"].removeprefix("float: ")), []).append(prod(p["shape"]))
+        total = sum(prod(p["shape"]) for p in plan["layers"])
+        for (kind, reason), sizes in left.items():
+            share = 100 * sum(sizes) / total
+            self.say(f"  ! left in float: {len(sizes)} {kind}, {share:.1f} % of the weights ({reason})", "yellow")
         grids = {p["grid"] for p in plan["layers"] if p["method"] != "float"} - {"float"}
         self.say(
             f"  {plan['average_weight_bits']:.2f} bits per weight on average · float {size(plan['float_bytes'])}"

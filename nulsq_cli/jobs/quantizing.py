@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from nulsq_cli import calibrate, recipe, session
-from nulsq_cli.convert import Plan, convert, with_signs
+from nulsq_cli.convert import Plan
 from nulsq_cli.errors import UsageError
-from nulsq_cli.layers import quantizers
 from nulsq_cli.training.world import World
 
 
@@ -31,25 +30,14 @@ def quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Spl
         The plan, with the signs.
     """
     q = r.quant
-    passes = session.chunks(splits.train, splits.eval_transform, q.calibration.samples, world, r)
-    stats = calibrate.measure_inputs(model, calibrate.layers_to_measure(plan), *passes, world.reduce)
+    passes, norm_passes = (session.chunks(splits.train, splits.eval_transform, samples, world, r) if samples else None
+                           for samples in (q.calibration.samples, r.bn.reestimate_samples))  # fmt: skip
+    plan, norms = calibrate.quantize(model, plan, session.policy(r), passes, (q.init.weights, q.init.activations), norm_passes,
+                                     world.reduce, before)  # fmt: skip
     if before is None:
-        plan = with_signs(plan, {name: bool(s.least[0] < 0) for name, s in stats.items()}, session.policy(r))
         show.plan(plan.to_json())
-    convert(model, plan)
-    calibrate.initialize(model, stats, q.init.weights, q.init.activations)
-    calibrate.match_output_scales(model, *passes, world.reduce)
-    if before is not None:
-        known = quantizers(before)
-        for name, quantizer in quantizers(model).items():
-            if name in known:
-                quantizer.inherit(known[name])
-    count = 0
-    if r.bn.reestimate_samples:
-        passes = session.chunks(splits.train, splits.eval_transform, r.bn.reestimate_samples, world, r)
-        count = calibrate.reestimate_batchnorm(model, *passes, world.reduce)
     show.say(f"  steps started from {min(q.calibration.samples, len(splits.train))} images"
-             f" ({q.init.weights} weights, {q.init.activations} activations), {count} BatchNorms re-estimated")  # fmt: skip
+             f" ({q.init.weights} weights, {q.init.activations} activations), {norms} BatchNorms re-estimated")  # fmt: skip
     return plan
 
 

@@ -57,7 +57,8 @@ def check_top1(top1: float, least: float | None, where: Any) -> None:
         CheckFailedError: `top1` is below `least`.
     """
     if least is not None and top1 < least:
-        raise CheckFailedError(f"top-1 is {top1:.2f} %, below the {least:g} % that were asked for", where=where)
+        raise CheckFailedError(f"top-1 is {top1:.2f} %, below the {least:g} % that were asked for", where=where,
+                               fix="train longer, choose more bits, or lower --min-top1")  # fmt: skip
 
 
 def export(folder: Path, path: Path | None, *, show: Any, model: nn.Module | None = None) -> dict[str, Any]:

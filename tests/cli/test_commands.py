@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
+from nulsq_cli.cli import app
+from nulsq_cli.cli.everywhere import numbers, together
+from tests.processes import Process, nulsq, refused
+
 FAST = ["schedule.epochs=1", "quant.calibration.samples=128", "bn.reestimate_samples=128"]
-
-
-def nulsq(*arguments, cwd=None, code=0, **more):
-    done = subprocess.run([sys.executable, "-m", "nulsq_cli", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, **more)  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def refused(*arguments, code, words, **more):
-    done = nulsq(*arguments, code=code, **more)
-    assert words in done.stderr, done.stderr
-    assert "fix:" in done.stderr or "did you mean" in done.stderr or "Usage" in done.stderr or ":" in done.stderr
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    done = nulsq("finetune", "quickstart", *FAST, "-o", folder, "--json")
+    done = nulsq("finetune", "quickstart", *FAST, "-o", folder, "--json", fresh=True)
     return folder, json.loads(done.stdout), done.stderr
 
 
@@ -83,7 +74,7 @@ def test_entropy_of_two_targets(run, tmp_path):
 
 def test_the_same_recipe_and_seed_give_the_same_artifact(run, tmp_path):
     folder, result, _ = run
-    nulsq("finetune", folder / "recipe.yaml", "-o", tmp_path / "again", "-q")
+    nulsq("finetune", folder / "recipe.yaml", "-o", tmp_path / "again", "-q", fresh=True)
     assert (tmp_path / "again/export/model.safetensors").read_bytes() == Path(result["artifact"]).read_bytes()
 
 
@@ -94,25 +85,28 @@ def test_zero_epochs_is_post_training_quantization(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    common = ["finetune", "quickstart", "schedule.epochs=3", "log.interval=1", "--recovery-interval", "4"]
-    nulsq(*common, "-o", tmp_path / "whole", "-q")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    common = ["finetune", "quickstart", *FAST, "schedule.epochs=2", "data.hold_out=0.5", "--recovery-interval", "4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    nulsq(*common, "-o", whole, "-q")
+    recovery, seen = cut / "checkpoints/recovery.safetensors", [0]
+
+    def anew():
+        with contextlib.suppress(FileNotFoundError):  # the end of an epoch removes it
+            seen.append(recovery.stat().st_mtime_ns)
+        return seen[-1] > seen[0]
+
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        folder = tmp_path / str(code)
-        process = subprocess.Popen([sys.executable, "-m", "nulsq_cli", *common, "-o", folder], env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        while not (folder / "checkpoints/recovery.safetensors").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait() == code
-        assert "Traceback" not in process.stderr.read()
-        nulsq(*common, "-o", folder, "--resume", "auto", "-q")
-        for name in ("export/model.safetensors", "checkpoints/last.safetensors"):
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() or name.startswith("checkpoints")
-        rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, tmp_path / "whole")]
-        for a, b in zip(*rows, strict=True):
-            assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        process = Process(*common, "-o", cut, "--resume", "auto")
+        process.until(anew)
+        process.send(number)
+        done = process.end()
+        assert done.returncode == code and "Traceback" not in done.stderr
+        seen[:] = [recovery.stat().st_mtime_ns]
+    nulsq(*common, "-o", cut, "--resume", "auto", "-q")
+    assert (cut / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (cut, whole)]
+    for a, b in zip(*rows, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
 def test_run_folders_are_protected(run):
@@ -209,6 +203,25 @@ def test_the_small_commands(run, tmp_path):
     assert plan["layers"][0]["reason"] == "first layer" and plan["packed_bytes"] < plan["float_bytes"] / 8
     dry = json.loads(nulsq("finetune", "quickstart", "--dry-run", "-o", tmp_path / "dry", "--json").stdout)
     assert dry["dry_run"] and not (tmp_path / "dry").exists()
+
+
+def test_every_command_takes_what_all_take():
+    for name, command in typer.main.get_command(app).commands.items():
+        spelled = {option for parameter in command.params for option in parameter.opts}
+        assert {"-q", "--quiet", "-v", "--verbose", "--no-color"} <= spelled, name
+
+
+def test_flags_with_several_values_take_them_as_timm_does():
+    line = ["finetune", "--mean", "0.5", "-1", "1e-3", "quickstart", "--std", "0.2", "--lr", "0.1", "--mean"]
+    assert together(line) == ["finetune", "--mean", "0.5 -1 1e-3", "quickstart", "--std", "0.2", "--lr", "0.1", "--mean"]
+    assert numbers("--mean", "0.5 -1 1e-3") == [0.5, -1, 0.001] and numbers("--mean", None) is None
+    refused("plan", "quickstart", "--mean", "red", code=2, words="--mean takes a number for each channel")
+    assert json.loads(nulsq("plan", "quickstart", "--mean", "0.5", "--std", "0.2", "--json").stdout)["layers"]
+
+
+def test_verbose_adds_the_traceback():
+    done = Process("finetune", "quikstart", "-v").end()
+    assert done.returncode == 2 and "Traceback" in done.stderr and "error: no recipe called" in done.stderr
 
 
 def without_torch(arguments):

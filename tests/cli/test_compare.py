@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from nulsq_cli import recipe
 from nulsq_cli.errors import UsageError
 from nulsq_cli.jobs import comparison
-from tests.cli.test_commands import FAST, nulsq, refused
+from tests.processes import Process, nulsq, refused
 
-ROOT = Path(__file__).parents[2]
+FAST = ["schedule.epochs=1", "data.hold_out=0.5", "data.batch_size=128", "quant.calibration.samples=64",
+        "bn.reestimate_samples=64"]  # fmt: skip
 MATRIX = ["--methods", "lsq,nulsq-wa", "--bits", "2/2,3/3"]
 
 
 def test_a_matrix_is_run_continued_after_a_kill_and_collected(tmp_path):
     folder = tmp_path / "matrix"
     command = ["compare", "quickstart", *FAST, *MATRIX, "-o", folder, "--json"]
-    killed = subprocess.Popen([sys.executable, "-m", "nulsq_cli", *map(str, command)], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     first = folder / "lsq-w2a2-s42" / "result.json"
-    limit = time.monotonic() + 200
-    while not first.exists() and killed.poll() is None and time.monotonic() < limit:
-        time.sleep(0.1)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = Process(*command)
+    killed.until(first)
+    killed.send(signal.SIGKILL)
+    killed.end()
     kept = first.stat().st_mtime_ns
 
     result = json.loads(nulsq(*command).stdout)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.cli.test_commands import nulsq, refused
-from tests.stabilizers.test_runs import ENVIRONMENT
+from tests.processes import Process, nulsq, refused
 
-SMALL = ["schedule.epochs=1", "quant.calibration.samples=64", "bn.reestimate_samples=64", "data.batch_size=256",
-         "checkpoint.recovery_steps=2"]  # fmt: skip
+SMALL = ["schedule.epochs=1", "data.hold_out=0.5", "quant.calibration.samples=64", "bn.reestimate_samples=64",
+         "data.batch_size=128", "checkpoint.recovery_steps=2"]  # fmt: skip
 CASES = {
     "qkd": ["--kd-model-name", "self", "scheme.name=qkd", "schedule.epochs=3", "scheme.options.self_study=0.34",
             "scheme.options.co_study=0.34"],
@@ -41,18 +37,16 @@ def test_a_scheme_runs_is_killed_goes_on_and_ends_the_same(name, tmp_path):
         assert "self-study (1), co-study (1), tutoring (1)" in log
 
     cut = tmp_path / "cut"
-    process = subprocess.Popen([sys.executable, "-m", "nulsq_cli", *map(str, command), "-o", str(cut)], env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    limit = time.monotonic() + 200
-    log = cut / "metrics.jsonl"
+    process, log = Process(*command, "-o", cut), cut / "metrics.jsonl"
     rows_before = {"qkd": 1, "profit": 3}[name]  # co-study, and sampling
-    while process.poll() is None and time.monotonic() < limit:
+
+    def underway():
         rows = log.read_text().splitlines() if log.exists() else []
-        if len(rows) >= rows_before and (cut / "checkpoints/recovery.safetensors").exists():
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        return len(rows) >= rows_before and (cut / "checkpoints/recovery.safetensors").exists()
+
+    process.until(underway)
+    process.send(signal.SIGKILL)
+    process.end()
     again = json.loads(nulsq(*command, "-o", cut, "--resume", "auto").stdout)
     assert (cut / "export/model.safetensors").read_bytes() == (tmp_path / "whole/export/model.safetensors").read_bytes()
     assert again["best"] == whole["best"] and again["last"] == whole["last"]

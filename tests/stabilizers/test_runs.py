@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +20,9 @@ from nulsq_cli.stabilizers.base import bins
 from nulsq_cli.stabilizers.bin_reg import spread
 from nulsq_cli.stabilizers.freezing import Freezing
 from nulsq_cli.training import checkpoint
+from tests.processes import Process, nulsq
 from tests.test_convert import policy, quantized
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 FAST = ("schedule.epochs=1", "quant.calibration.samples=128", "bn.reestimate_samples=128")
 
 # Averages and thresholds that a run of a dozen updates can reach.
@@ -37,11 +33,8 @@ QUICK = {
 }
 
 
-def nulsq(*arguments):
-    done = subprocess.run([sys.executable, "-m", "nulsq_cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, env=ENVIRONMENT)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+def result_of(*arguments):
+    return json.loads(nulsq(*arguments).stdout)
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -55,9 +48,9 @@ def frozen_count(state: dict[str, torch.Tensor]) -> int:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_with_it_trains_and_its_file_computes_the_same(tmp_path, name):
     flags = ["finetune", "quickstart", *FAST, f"quant.stabilizers=[{QUICK[name]}]", "--lr", 0.1]
-    result = nulsq(*flags, "-o", tmp_path / "r", "--json")
+    result = result_of(*flags, "-o", tmp_path / "r", "--json")
     assert result["best"]["top1"] > 50
-    assert nulsq("eval", result["artifact"], "--json")["top1"] == result["best"]["top1"]
+    assert result_of("eval", result["artifact"], "--json")["top1"] == result["best"]["top1"]
     images = torch.randn(8, 1, 16, 16)
     run, packed = nulsq_cli.load(tmp_path / "r"), nulsq_cli.load(result["artifact"])
     with torch.no_grad():
@@ -83,16 +76,13 @@ def test_weights_end_nearer_to_their_levels_than_without(tmp_path, item):
 
 
 def test_an_interrupted_run_freezes_the_same_weights(tmp_path):
-    common = ["finetune", "quickstart", "schedule.epochs=3", f"quant.stabilizers=[{QUICK['freezing']}]", "--lr", 0.1,
+    common = ["finetune", "quickstart", *FAST, "schedule.epochs=3", f"quant.stabilizers=[{QUICK['freezing']}]", "--lr", 0.1,
               "log.interval=1", "--recovery-interval", 20]  # fmt: skip
     nulsq(*common, "-o", tmp_path / "whole", "--json")
-    command = [sys.executable, "-m", "nulsq_cli", *map(str, common), "-o", str(tmp_path / "cut"), "-q"]
-    process = subprocess.Popen(command, env=ENVIRONMENT)
-    while not (tmp_path / "cut/checkpoints/recovery.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = Process(*common, "-o", tmp_path / "cut", "-q")
+    process.until(tmp_path / "cut/checkpoints/recovery.safetensors")
+    process.send(signal.SIGKILL)
+    process.end()
     before = checkpoint.load(tmp_path / "cut/checkpoints/recovery.safetensors")[0]["model"]
     nulsq(*common, "-o", tmp_path / "cut", "--resume", "auto", "--json")
     one, two = saved(tmp_path / "whole"), saved(tmp_path / "cut")

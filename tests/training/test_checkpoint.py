@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ import nulsq_cli
 from nulsq_cli import files
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.training import checkpoint
+from tests import processes
 
 SHORT = ("schedule.epochs=2", "quant.calibration.samples=64", "bn.reestimate_samples=64", "data.hold_out=0.5",
          "data.batch_size=128", "engine.device=cpu")  # fmt: skip
@@ -253,8 +252,6 @@ def test_another_plan_is_refused_by_layer_and_changes_nothing(run):
         with pytest.raises(UsageError, match=f"another plan; it differs in .*{layers}"):
             nulsq_cli.finetune("quickstart", *SHORT, rule, output=run, resume="auto")
     command = ["finetune", "quickstart", *SHORT, "quant.rules=[{match: 'layer2.*', bits: 4/4}]", "-o", run, "--resume", "auto"]
-    done = subprocess.run([sys.executable, "-m", "nulsq_cli", *map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    done = processes.refused(*command, code=2, words="another plan")
     assert "it differs in layer2.0.conv1, layer2.0.conv2\n" in done.stderr and "fix:" in done.stderr
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "train.log"}

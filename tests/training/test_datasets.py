@@ -1,14 +1,19 @@
+import io
+import json
 import os
+import pickle
 import sys
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import Subset
 
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.training import datasets
+from nulsq_cli.training.data import eval_loader, train_loader
 from nulsq_cli.training.datasets import check_enough_outputs, check_same_classes, class_names, open_dataset
 from nulsq_cli.training.pictures import Digits
 
@@ -184,6 +189,64 @@ def test_torchvision_images_are_brought_to_the_models_mode(tmp_path):
         data = open_dataset("torch/mnist", tmp_path, "validation", input_img_mode=mode)
         assert [(image.mode, label) for image, label in data] == [(mode, 0), (mode, 1)]
     assert len(open_dataset("torch/mnist", tmp_path, "train")) == 3 and len(class_names(data)) == 10
+
+
+def test_cifar_10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
+    """Its files are known by their checksums; these are small ones."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    place = tmp_path / "cifar-10-batches-py"
+    place.mkdir()
+    for number, name in enumerate((*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")):
+        pixels = np.full((2, 3072), number, dtype=np.uint8)
+        (place / name).write_bytes(pickle.dumps({"data": pixels, "labels": [number, 9]}))
+    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {k}" for k in range(10)]}))
+    train, val = (open_dataset("torch/cifar10", tmp_path, split) for split in ("train", "validation"))
+    assert [(np.array(image).max(), label) for image, label in train] == [(k, x) for k in range(5) for x in (k, 9)]
+    assert [(image.size, image.mode, label) for image, label in val] == [((32, 32), "RGB", 5), ((32, 32), "RGB", 9)]
+    assert class_names(val)[3] == "class 3"
+
+
+def test_a_hub_dataset_that_lies_here_is_read(folder, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for split, count in (("train", 5), ("validation", 2)):
+        data = open_dataset(f"hfds/{folder}", tmp_path / "cache", split, input_img_mode="L")
+        assert len(data) == count and class_names(data) == ["cat", "dog"]
+        found = sorted((label, int(np.array(image).max()), image.mode) for image, label in data)
+        assert found == [(label, k, "L") for label, n in ((0, count - count // 2), (1, count // 2)) for k in range(n)]
+    assert "the dataset could not be opened" in error_of(InputError, f"hfds/{folder}", tmp_path / "cache", "tast")
+
+
+def shards(root, count=3, each=4):
+    """Tar files of small images whose grey value is their number, and what timm wants to know of them."""
+    for k in range(count):
+        with tarfile.open(root / f"train-{k:02}.tar", "w") as tar:
+            for j in range(k * each, (k + 1) * each):
+                png = io.BytesIO()
+                Image.new("L", (4, 4), j).save(png, "png")
+                for suffix, content in (("png", png.getvalue()), ("cls", str(j % 2).encode())):
+                    entry = tarfile.TarInfo(f"{j:04}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    names = [f"train-{k:02}.tar" for k in range(count)]
+    split = {"name": "train", "num_samples": count * each, "filenames": names, "shard_lengths": [each] * count}
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    return root
+
+
+def test_shards_are_trained_and_evaluated_over_every_image(tmp_path):
+    pytest.importorskip("webdataset")
+    data = open_dataset("wds/small", shards(tmp_path), "train", input_img_mode="L")
+    values = lambda image: torch.tensor([float(np.array(image).max())])  # noqa: E731
+    loader = train_loader(data, values, batch_size=4, seed=0)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        seen = [(int(x), int(y)) for images, labels in loader for x, y in zip(images[:, 0], labels, strict=True)]
+        assert sorted(seen) == [(j, j % 2) for j in range(12)]
+    still = open_dataset("wds/small", tmp_path, "train-{00..02}.tar|12", input_img_mode="L")  # no shuffling but in training
+    read = [int(x) for images, _ in eval_loader(still, values, batch_size=5) for x in images[:, 0]]
+    assert sorted(read) == list(range(12))
+    assert "the dataset could not be opened" in error_of(InputError, "wds/small", tmp_path, "validation")
 
 
 @pytest.mark.parametrize(("name", "package"), [("hfds/x/y", "datasets"), ("tfds/x", "tensorflow_datasets")])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +20,11 @@ from nulsq_cli.training.engine import Settings, Trainer
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Bits, Score
+from tests.processes import nulsq
 
 HERE = World(0, 1, torch.device("cpu"))
 BATCHES = 4
+SOMETHING = "(the gradients are not finite|the loss became nan)"  # the loops hand a NaN in a table on, the eager look-up does not
 STEPS = "layer2.0.conv1.weight_quantizer"
 
 
@@ -121,22 +121,34 @@ def spoil_output(t, x):
             t.model.linear.weight_quantizer.steps()[0].fill_(1e37)
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Schedule -> a run in which nothing happens."""
+
+    @functools.cache
+    def run(sched):
+        t = trainer(tmp_path_factory.mktemp("calm"), sched=sched)
+        t.run()
+        return t
+
+    return run
+
+
 @pytest.mark.parametrize(
-    ("spoil", "where", "what"),
+    ("spoil", "where", "what", "sched"),
     [
-        (spoil_parameter, STEPS, "the gradients are not finite"),
-        (spoil_gradient, f"the gradient of {STEPS}", "the gradients are not finite"),
-        (spoil_images, "the images", "the loss became nan"),
-        (spoil_output, "the output of linear", "the loss became nan"),
+        (spoil_parameter, STEPS, SOMETHING, "cosine"),
+        (spoil_parameter, STEPS, SOMETHING, "none"),
+        (spoil_gradient, f"the gradient of {STEPS}", "the gradients are not finite", "cosine"),
+        (spoil_images, "the images", "the loss became nan", "cosine"),
+        (spoil_output, "the output of linear", "the loss became nan", "cosine"),
     ],
 )
-@pytest.mark.parametrize("sched", ["cosine", "none"])
-def test_it_names_the_layer_goes_back_once_and_ends_with_a_smaller_step_rate(tmp_path, spoil, where, what, sched):
-    calm, t = trainer(tmp_path / "calm", sched=sched), trainer(tmp_path / "t", spoil, sched=sched)
-    calm.run()
+def test_it_names_the_layer_goes_back_once_and_ends_with_a_smaller_step_rate(tmp_path, calm, spoil, where, what, sched):
+    calm, t = calm(sched), trainer(tmp_path / "t", spoil, sched=sched)
     t.run()
     (said,) = t.watcher.said
-    assert said.startswith(f"  {where}") and f"epoch 2, update 6: {what}" in said
+    assert said.startswith(f"  {where}") and re.search(f"epoch 2, update 6: {what}", said)
     assert "went back to the start of epoch 2, with a tenth of the steps' rate" in said
     assert t.progress.updates == 12 and len(t.watcher.rows) == 3
     assert [row["note"] for row in t.watcher.rows] == [None, said.strip(), None]
@@ -166,11 +178,15 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("killed_at", [4, 6, 7, 9, 11])
-def test_the_smaller_rate_and_the_one_chance_survive_a_resume(tmp_path, killed_at):
-    whole = trainer(tmp_path / "whole", spoil_parameter)
-    whole.run()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    t = trainer(tmp_path_factory.mktemp("whole"), spoil_parameter)
+    t.run()
+    return t
 
+
+@pytest.mark.parametrize("killed_at", [4, 7, 11])  # at the start of the second epoch, in it and in the third
+def test_the_smaller_rate_and_the_one_chance_survive_a_resume(tmp_path, whole, killed_at):
     def kill(t, x):
         spoil_parameter(t, x)
         if t.progress.updates == killed_at and "went_back" in t.progress.notes:
@@ -241,11 +257,8 @@ def test_one_number_sees_everything():
 
 def test_as_a_process_it_is_one_sentence_and_exit_code_4(tmp_path):
     short = ["schedule.epochs=1", "quant.calibration.samples=64", "bn.reestimate_samples=64", "engine.device=cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "nulsq_cli", "finetune", "quickstart", *short, "--lr", "1e30", "-o", str(tmp_path / "r")],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert done.returncode == 4 and done.stderr.count("\n") == 2 and "Traceback" not in done.stderr
+    done = nulsq("finetune", "quickstart", *short, "--lr", "1e30", "-o", tmp_path / "r", code=4)
+    assert done.stderr.count("\n") == 2
     assert "diverged again" in done.stderr and "went back to the start of epoch 1" in done.stdout
     notes = checkpoint.load(tmp_path / "r/checkpoints/recovery.safetensors")[1]
     assert notes["progress"]["notes"]["went_back"]["epoch"] == 0

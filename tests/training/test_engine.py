@@ -17,7 +17,7 @@ from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Bits
 
-FAST = ("schedule.epochs=1", "quant.calibration.samples=128", "bn.reestimate_samples=128")
+FAST = ("schedule.epochs=1", "data.hold_out=0.5", "quant.calibration.samples=128", "bn.reestimate_samples=128")
 HERE = World(0, 1, torch.device("cpu"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,15 +23,12 @@ from nulsq_cli.cli import launch
 from nulsq_cli.training import checkpoint
 from nulsq_cli.training.state import Progress, State, split_anew
 from nulsq_cli.training.world import join
+from tests.processes import CONTEXT, ROOT, Process
 
 SMALL = ("finetune", "quickstart", "quant.calibration.samples=100", "bn.reestimate_samples=150", "--epochs", "1")
-ROOT = Path(__file__).parents[2]
 
 
-# ---- processes that need not import everything anew -------------------------------------------------
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["nulsq_cli.cli", "nulsq_cli.jobs", "tests.training.test_processes"])
+# ---- processes that train together -----------------------------------------------------------------
 
 
 def place(rank, size, folder, **meeting):
@@ -42,47 +37,26 @@ def place(rank, size, folder, **meeting):
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **meeting}
 
 
-def be(arguments, variables, folder):
-    """What one process does: be `nulsq`."""
-    os.environ.update(variables)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}{variables.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    torch.set_num_threads(1)
-    sys.argv = ["nulsq", *arguments]
-    from nulsq_cli.cli import main
-
-    main()
-
-
 @dataclass
 class Team:
     """Processes that train together."""
 
-    folder: Path
-    processes: list[multiprocessing.process.BaseProcess]
-
-    def until(self, path):
-        """Wait for a file that they write."""
-        while not path.exists():
-            assert all(p.is_alive() for p in self.processes), self.text("err")
-            time.sleep(0.01)
+    processes: list[Process]
 
     def end_like_torchrun(self):
         """As soon as one has failed, end the others."""
-        while any(p.is_alive() for p in self.processes) and not any(p.exitcode for p in self.processes):
+        while any(p.alive() for p in self.processes) and not any(p.process.exitcode for p in self.processes):
             time.sleep(0.01)
         for process in self.processes:
-            process.terminate()
+            process.process.terminate()
 
-    def codes(self, within=120):
+    def codes(self):
         """Their exit codes."""
-        for process in self.processes:
-            process.join(within)
-        return [process.exitcode for process in self.processes]
+        return [process.end().returncode for process in self.processes]
 
     def text(self, name):
         """What they said on stdout (out) or stderr (err), all together."""
-        return "".join((self.folder / f"{name}{rank}").read_text() for rank in range(len(self.processes)))
+        return "".join(getattr(process, name).read_text() for process in self.processes)
 
 
 @pytest.fixture
@@ -91,18 +65,15 @@ def team(tmp_path):
     started = []
 
     def start(size, *arguments, **variables):
-        folder = tmp_path / f"said{len(started)}"
+        folder = tmp_path / f"meeting{len(started)}"
         folder.mkdir()
         places = [place(rank, size, folder, **variables) if size > 1 else {} for rank in range(size)]
-        processes = [CONTEXT.Process(target=be, args=(list(map(str, arguments)), where, folder)) for where in places]
-        started.append(Team(folder, processes))
-        for process in processes:
-            process.start()
+        started.append(Team([Process(*arguments, **where) for where in places]))
         return started[-1]
 
     yield start
-    for process in (p for t in started for p in t.processes if p.is_alive()):
-        process.kill()
+    for process in (p for t in started for p in t.processes if p.alive()):
+        process.process.kill()
 
 
 @pytest.fixture
@@ -205,8 +176,8 @@ LONG = (*SMALL, "-b", "64", "--recovery-interval", "3", "--model-ema", "--mixup"
 def test_a_run_that_was_told_to_stop_goes_on_to_the_same_bytes(team, tmp_path):
     whole = team(2, *LONG, "-q", "-o", tmp_path / "whole")
     parts = team(2, *LONG, "-o", tmp_path / "parts")
-    parts.until(tmp_path / "parts/checkpoints/recovery.safetensors")
-    os.kill(parts.processes[1].pid, signal.SIGTERM)  # one is enough
+    parts.processes[0].until(tmp_path / "parts/checkpoints/recovery.safetensors")
+    parts.processes[1].send(signal.SIGTERM)  # one is enough
     assert parts.codes() == [143, 143] and parts.text("err").count("error:") == 1
     assert "recovery checkpoint was written" in parts.text("err")
     rest = team(2, *LONG, "-o", tmp_path / "parts", "--resume", "auto", "--json")
@@ -222,9 +193,9 @@ def test_a_run_that_was_told_to_stop_goes_on_to_the_same_bytes(team, tmp_path):
 
 def test_when_one_is_killed_the_others_stop_and_any_number_goes_on(team, tmp_path):
     killed = team(2, *LONG, "-o", tmp_path / "r")
-    killed.until(tmp_path / "r/checkpoints/recovery.safetensors")
-    killed.processes[1].kill()
-    assert killed.codes(within=60) == [1, -9]
+    killed.processes[0].until(tmp_path / "r/checkpoints/recovery.safetensors")
+    killed.processes[1].send(signal.SIGKILL)
+    assert killed.codes() == [1, -9]
     assert killed.text("err").count("error:") == 1 and "another process of this run has ended" in killed.text("err")
     rest = team(1, *LONG, "-o", tmp_path / "r", "--resume", "auto")
     assert rest.codes() == [0], rest.text("err")
