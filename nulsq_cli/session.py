@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nulsq_cli import artifact, recipe
+from nulsq_cli import artifact, exporters, recipe
 from nulsq_cli.convert import Plan, Policy, Rule, convert
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import read_json
@@ -177,7 +177,7 @@ def read_run(folder: Path) -> Run:
 
 
 def kind_of(target: str) -> str:
-    """`run` or `artifact`.
+    """`run`, `artifact` or `onnx`.
 
     Raises:
         InputError: there is nothing of that name.
@@ -188,14 +188,37 @@ def kind_of(target: str) -> str:
         return "run"
     if path.suffix == ".safetensors" and path.is_file():
         return "artifact"
+    if path.suffix == ".onnx" and path.is_file():
+        return "onnx"
     if path.is_file():
-        raise UsageError("is neither a run folder nor a packed .safetensors file", where=target)
+        raise UsageError("is neither a run folder nor a packed .safetensors file nor an exported .onnx file", where=target)
     raise InputError("does not exist", where=target, fix="see `nulsq ls runs`")
 
 
-def target_model(target: str) -> tuple[nn.Module, str, recipe.Recipe | None, dict[str, Any] | None]:
-    """Any target as (model, kind, its recipe if it has one, its data config if it carries one)."""
+def target_model(
+    target: str, runtime: str | None = None
+) -> tuple[nn.Module, str, recipe.Recipe | None, dict[str, Any] | None]:
+    """Any target as (model, kind, its recipe if it has one, its data config if it carries one).
+
+    Args:
+        target: what the user named.
+        runtime: that an exported file is run in; None is ONNX Runtime.
+
+    Raises:
+        UsageError: a runtime that is not installed, or for a target that needs none.
+        InputError: the target is missing or damaged.
+    """
     kind = kind_of(target)
+    if runtime is not None and kind != "onnx":
+        raise UsageError("is no exported file: it is evaluated in torch", where=target, fix="leave out --runtime")
+    if kind == "onnx":
+        exporters.need(runtime or "onnxruntime")
+        from nulsq_cli.exporters import exported
+
+        file = exported.read(Path(target))
+        stored = file.meta.get("recipe")
+        model = exported.Deployed(file.run(runtime or "onnxruntime"), file.meta["num_classes"])
+        return model.eval(), kind, recipe.loads(stored) if stored else None, file.meta["data_cfg"]
     if kind == "artifact":
         model, packed = artifact.load(Path(target))
         stored = packed.meta.get("recipe")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import typer
 
-from nulsq_cli.cli import commands, compare, finetune, launch
+from nulsq_cli.cli import bench, commands, compare, finetune, launch
 from nulsq_cli.cli.everywhere import Verbose, everywhere, together
 from nulsq_cli.errors import NulsqError
 
@@ -21,7 +21,8 @@ app = typer.Typer(
     help="Fine-tune a vision model to 2-4 bits with learned non-uniform step sizes, and pack it.",
 )  # fmt: skip
 for name, command in {
-    "finetune": finetune.finetune, "plan": finetune.plan, "compare": compare.compare, **commands.COMMANDS
+    "finetune": finetune.finetune, "plan": finetune.plan, "compare": compare.compare, "bench": bench.bench,
+    **commands.COMMANDS
 }.items():  # fmt: skip
     app.command(name)(everywhere(command))
 

@@ -15,7 +15,7 @@ from nulsq_cli.errors import InputError, UsageError
 
 
 def evaluate(
-    target: Annotated[str | None, typer.Argument(help="A run folder or a packed file.")] = None,
+    target: Annotated[str | None, typer.Argument(help="A run folder, a packed file or an exported ONNX file.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="A float model by name instead.")] = None,
     initial_checkpoint: Annotated[str | None, typer.Option("--initial-checkpoint", help="Its weights.")] = None,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Folder of the data.")] = None,
@@ -25,12 +25,15 @@ def evaluate(
     std: Annotated[str | None, typer.Option("--std", metavar="FLOAT...", help="Deviation of each channel.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per batch.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = None,
+    runtime: Annotated[str | None, typer.Option("--runtime", help="Of an ONNX file: onnxruntime (default) or openvino.")] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
     as_json: Json = False, quiet: Quiet = False, no_color: NoColor = False,
 ) -> None:  # fmt: skip
-    """Accuracy of a run, a packed file or a float model, exact over all images of the split."""
+    """Accuracy of a run, a packed file, an exported ONNX file or a float model, exact over all images of the split."""
     if (target is None) == (model is None):
-        raise UsageError("name one thing to evaluate", fix="a run folder, a packed file, or --model NAME")
+        raise UsageError("name one thing to evaluate", fix="a run folder, a packed or exported file, or --model NAME")
+    if model is not None and runtime is not None:
+        raise UsageError("--runtime is for exported files; a float model is evaluated in torch", fix="leave it out")
     from nulsq_cli import recipe
 
     wanted = None
@@ -45,7 +48,7 @@ def evaluate(
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)
     given = {"data_dir": data_dir, "dataset": dataset, "val_split": val_split, "batch_size": batch_size, "workers": workers,
              "validation_batch_size": batch_size, "mean": numbers("--mean", mean), "std": numbers("--std", std)}  # fmt: skip
-    result = jobs.evaluate(target or str(model), wanted, given, show=show)
+    result = jobs.evaluate(target or str(model), wanted, given, runtime=runtime, show=show)
     show.result(result)
     jobs.check_top1(result["top1"], min_top1, result["target"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from nulsq_cli.errors import UsageError
+from nulsq_cli.errors import UsageError, pick
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,20 @@ EXPORTERS: dict[str, Exporter] = {
     "onnx": Exporter("integers for ONNX Runtime, and others that read ONNX", ".onnx", "auto", ("onnx", "onnxruntime"), "onnx"),
     "openvino": Exporter("integers for OpenVINO, as its own IR", ".xml", "where", ("onnx", "openvino"), "openvino"),
 }
+
+RUNTIMES: dict[str, Exporter] = {"onnxruntime": EXPORTERS["onnx"], "openvino": EXPORTERS["openvino"]}
+"""What runs an exported ONNX file, by name."""
+
+
+def need(runtime: str) -> None:
+    """Refuse a runtime that does not exist or is not here.
+
+    Raises:
+        UsageError: it says what there is, or which extra brings it.
+    """
+    pick(RUNTIMES, runtime, "runtime").check_installed()
+
+
+def installed() -> list[str]:
+    """The runtimes that are here."""
+    return [name for name, line in RUNTIMES.items() if all(find_spec(module) for module in line.needs)]

@@ -8,24 +8,31 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nulsq_cli.exporters.runtimes import Run
 
+Name = TypeVar("Name")
 
-def in_turns(runs: dict[str, Run], images: Tensor, rounds: int, *, warm: int = 2) -> dict[str, float]:
-    """Median milliseconds of each run; the rounds go through all of them, so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+
+def times_in_turns(runs: dict[Name, Run], images: Tensor, rounds: int, *, warm: int = 2) -> dict[Name, list[float]]:
+    """Milliseconds of each run; the rounds go through all of them, so that a busy machine slows all alike."""
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     for number in range(rounds + warm):
         for name, run in runs.items():
             start = time.perf_counter()
             run(images)
             if number >= warm:
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times
+
+
+def in_turns(runs: dict[Name, Run], images: Tensor, rounds: int) -> dict[Name, float]:
+    """The medians of `times_in_turns`."""
+    return {name: statistics.median(found) for name, found in times_in_turns(runs, images, rounds).items()}
 
 
 def compare(start: Callable[[bytes], Run], files: dict[str, bytes], images: Tensor, rounds: int) -> dict[str, Any]:

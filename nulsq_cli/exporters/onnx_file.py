@@ -111,7 +111,8 @@ def _metadata(network: Network, artifact: Artifact) -> dict[str, str]:
     }  # fmt: skip
     return {
         "nulsq": json.dumps({
-            "format": "nulsq-onnx", "arch": meta["arch"], "num_classes": meta["num_classes"], "data_cfg": meta["data_cfg"],
+            "format": "nulsq-onnx", "arch": meta["arch"], "arch_kwargs": meta.get("arch_kwargs", {}),
+            "num_classes": meta["num_classes"], "data_cfg": meta["data_cfg"],
             "bits": meta["bits"], "method": meta["method"], "grid": options.grid, "act": options.act, "range": options.reach,
             "session": SESSION, "codes_sha256": codes_digest(artifact), "layers": layers, "recipe": meta.get("recipe"),
         }, sort_keys=True),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ def has_vnni() -> bool | None:
     return "vnni" in flags if "flags" in flags else None
 
 
-def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int = 0, dump: Path | None = None) -> Run:
+def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int = 0, dump: Path | None = None,
+                session: Mapping[str, Any] = SESSION) -> Run:  # fmt: skip
     """A session on the processor.
 
     Args:
@@ -45,6 +47,7 @@ def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int =
         optimized: else all of the runtime's optimizers are off.
         threads: 0 leaves the choice to the runtime.
         dump: file for the graph that the optimizers arrive at.
+        session: further arguments of the session.
     """
     import onnxruntime as ort
 
@@ -56,9 +59,9 @@ def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int =
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = content if isinstance(content, bytes) else str(content)
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], **SESSION)
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    started = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], **session)
+    name = started.get_inputs()[0].name
+    return lambda images: torch.from_numpy(started.run(None, {name: images.numpy()})[0])
 
 
 def openvino(content: bytes | Path, *, threads: int = 0) -> tuple[Run, object]:

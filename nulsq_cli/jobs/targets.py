@@ -21,18 +21,20 @@ from nulsq_cli.version import __version__
 
 
 @threads_kept()
-def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, show: Any) -> dict[str, Any]:
-    """Accuracy of a run, a packed file, or (with `r` alone) a float model.
+def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, runtime: str | None = None,
+             show: Any) -> dict[str, Any]:  # fmt: skip
+    """Accuracy of a run, a packed file, an exported file, or (with `r` alone) a float model.
 
     Args:
         target: run folder or file; a name when `r` names a float model.
         r: a recipe for a float model; None for the other kinds, which carry their own.
         given: keys of the recipe's data section that the user gave instead.
+        runtime: that an exported file is run in; None is ONNX Runtime.
     """
     if r is not None:
         model, kind, config, used = session.float_model(r), "float", None, r
     else:
-        model, kind, used, config = session.target_model(target)
+        model, kind, used, config = session.target_model(target, runtime)
         if used is None:
             used = recipe.load("imagenet")
     given = {key: value for key, value in given.items() if value is not None}
@@ -46,8 +48,8 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, sho
     _, transform = transforms.build_transforms(config)
     score = session.score(model, split, transform, world, used)
     show.score(target, score.top1, score.top5, score.samples)
-    return {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss,
-            "samples": score.samples}  # fmt: skip
+    found = {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss, "samples": score.samples}
+    return {**found, "runtime": runtime or "onnxruntime"} if kind == "onnx" else found
 
 
 def check_top1(top1: float, least: float | None, where: Any) -> None:

@@ -1,0 +1,117 @@
+"""A file that nulsq exported for a runtime, read back: what it says of itself, and how it runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor, nn
+
+from nulsq_cli.artifact import Artifact
+from nulsq_cli.errors import InputError
+from nulsq_cli.exporters import runtimes
+from nulsq_cli.exporters.lower import Options, lower
+from nulsq_cli.exporters.onnx_file import build, check_operators
+from nulsq_cli.exporters.trace import trace
+
+LARGEST_SIDE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file of ours: `meta` is what it says of itself, checked."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    def run(self, runtime: str, threads: int = 0) -> runtimes.Run:
+        """The file in a runtime, with the session options that it asks for.
+
+        Raises:
+            InputError: the runtime does not take it.
+        """
+        return start(self.path, runtime, threads, self.path, self.meta["session"])
+
+
+def read(path: Path) -> Exported:
+    """Read what an ONNX file says of itself; its graph is left to the runtimes.
+
+    Raises:
+        InputError: missing, damaged, or none of ours.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as reason:
+        raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
+    except Exception as reason:  # protobuf has a class of its own for this, under names that change
+        raise InputError("is truncated or no ONNX file", where=path) from reason
+    text = {p.key: p.value for p in model.metadata_props}.get("nulsq")
+    if text is None:
+        raise InputError("is an ONNX file, but not one that nulsq wrote: it does not say how images are prepared", where=path,
+                         fix="write one with `nulsq export RUN --to onnx`")  # fmt: skip
+    try:
+        meta = json.loads(text)
+        sizes, optimizers = meta["data_cfg"]["input_size"], meta["session"]["disabled_optimizers"]
+        good = meta["format"] == "nulsq-onnx" and isinstance(meta["arch"], str) and len(sizes) == 3 and set(meta["session"]) == {
+            "disabled_optimizers"} and isinstance(optimizers, list) and all(isinstance(o, str) for o in optimizers)  # fmt: skip
+        if not good or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in (*sizes, meta["num_classes"])):
+            raise ValueError("it contradicts itself")
+    except (ValueError, KeyError, TypeError, RecursionError) as reason:
+        raise InputError(f"is damaged: what it says of itself cannot be used ({reason})", where=path,
+                         fix="export the run again") from reason  # fmt: skip
+    return Exported(Path(path), meta)
+
+
+def start(content: bytes | Path, runtime: str, threads: int, where: Any, session: dict[str, Any] | None = None) -> runtimes.Run:
+    """A network in a runtime.
+
+    Args:
+        content: the file, or where it is.
+        runtime: a name in `exporters.RUNTIMES`, installed.
+        threads: 0 leaves the choice to the runtime.
+        where: for complaints.
+        session: further arguments of ONNX Runtime's session.
+
+    Raises:
+        InputError: the runtime does not take it.
+    """
+    try:
+        if runtime == "openvino":
+            return runtimes.openvino(content, threads=threads)[0]
+        return runtimes.onnxruntime(content, threads=threads, **({} if session is None else {"session": session}))
+    except Exception as reason:  # each runtime has classes of its own
+        raise InputError(f"{runtime} does not take it: {str(reason).strip().splitlines()[0]}", where=where,
+                         fix="export it again with `nulsq export`") from reason  # fmt: skip
+
+
+class Deployed(nn.Module):
+    """A network that computes in a runtime, wherever its images lie.
+
+    Args:
+        run: as `Exported.run` gives it.
+        num_classes: how many outputs it has.
+    """
+
+    def __init__(self, run: runtimes.Run, num_classes: int) -> None:
+        super().__init__()
+        self.run, self.num_classes = run, num_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, classes)."""
+        return self.run(x.float().cpu().contiguous()).to(x.device)
+
+
+def float_file(model: nn.Module, size: list[int]) -> bytes:
+    """A float network as an ONNX file.
+
+    Raises:
+        UsageError: it has an operator without a translation.
+    """
+    traced = trace(model, tuple(size))
+    check_operators(traced)
+    meta = {"arch": "", "num_classes": 0, "data_cfg": {}, "bits": "32/32", "method": "float", "layers": {}}
+    artifact = Artifact(Path(), meta, {})
+    return build(lower(traced, artifact, Options(grid="none", outputs=False)), artifact, size).SerializeToString()
