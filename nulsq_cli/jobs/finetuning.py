@@ -19,7 +19,7 @@ from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import make_folder, read_json, remove_leftovers, write_atomically, write_json, write_text
 from nulsq_cli.jobs.environment import environment
 from nulsq_cli.jobs.quantizing import quantize, same_run
-from nulsq_cli.jobs.stretches import Stretch, hold_still, stretches
+from nulsq_cli.jobs.stretches import Stretch, check_training, hold_still, stretches
 from nulsq_cli.jobs.stretches import trainer as stretch_trainer
 from nulsq_cli.jobs.targets import check_top1, export
 from nulsq_cli.models import create_float_model
@@ -61,6 +61,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         splits = session.open_splits(r, config)
         teacher = _teacher(r, model, config)
     datasets.check_enough_outputs(splits.train, model.num_classes)
+    check_training(r, splits, world)
     model.to(world.device, memory_format=session.memory_format(r))
     plan = make_plan(model, session.policy(r), config["input_size"])  # it checks that the model takes images of this size
     settle_threads(model, config["input_size"], r.data.batch_size)

@@ -136,6 +136,20 @@ def hold_still(model: nn.Module, phase: Phase, scores: dict[str, float]) -> list
     return stopped
 
 
+def check_training(r: recipe.Recipe, splits: session.Splits, world: World) -> None:
+    """Make on a stand-in what a run makes after its calibration: a mistake in it is said before, and leaves no run behind.
+
+    Raises:
+        UsageError: an optimizer or the schedule cannot be made.
+        InputError: the images do not fill a batch.
+    """
+    weights, steps = r.optimizer.weights.model_dump(), r.optimizer.steps.model_dump()
+    pair = Pair(nn.LayerNorm(1), weights | {"layer_decay": None}, steps, r.schedule.model_dump(), 2, 2)
+    pair.add("steps", [nn.Parameter(torch.ones(1))], steps)
+    data.train_loader(splits.train, splits.train_transform, batch_size=r.data.batch_size, seed=r.seed, rank=world.rank,
+                      world=world.size)  # fmt: skip
+
+
 def trainer(r: recipe.Recipe, stretch: Stretch, model: nn.Module, teacher: nn.Module | None, splits: session.Splits,
             config: dict[str, Any], world: World, folder: Path, show: Any) -> Trainer:  # fmt: skip
     """The engine for one stretch of a run.

@@ -133,9 +133,13 @@ def test_bad_arguments_end_in_a_sentence(tmp_path):
         ("--data-dir", 3, ["--model", "resnet8_cifar", "--no-pretrained"]),
         ("matches no layer", 2, ["quickstart", "quant.rules=[{match: nothing.*}]"]),
         ("optimizer 'no_such'", 2, ["quickstart", "--opt", "no_such"]),
+        ("optimizer 'no_such'", 2, ["quickstart", "--steps-opt", "no_such"]),
+        ("schedule 'no_such'", 2, ["quickstart", "--sched", "no_such"]),
+        ("do not fill one batch of 5000", 3, ["quickstart", "-b", 5000]),
         ("cannot be used", 2, ["quickstart", "--device", "cuda:77"]),
     ):
         refused("finetune", *arguments, *common, code=code, words=words)
+    assert not (tmp_path / "r").exists(), "a mistake left a run behind, and mending it needs another folder"
     refused("eval", code=2, words="name one thing")
     refused("eval", tmp_path / "none", code=3, words="does not exist")
     refused("ls", "dragons", code=2, words="cannot list")
