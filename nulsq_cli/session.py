@@ -191,7 +191,8 @@ def kind_of(target: str) -> str:
     if path.suffix == ".onnx" and path.is_file():
         return "onnx"
     if path.is_file():
-        raise UsageError("is neither a run folder nor a packed .safetensors file nor an exported .onnx file", where=target)
+        raise UsageError("is neither a run folder nor a packed .safetensors file nor an exported .onnx file", where=target,
+                         fix="for a float checkpoint: nulsq eval --model NAME --initial-checkpoint FILE")  # fmt: skip
     raise InputError("does not exist", where=target, fix="see `nulsq ls runs`")
 
 
