@@ -23,3 +23,9 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("the folder of golden vectors is not here (NULSQ_SHARED)")
     return folder
+
+
+# Two inference runtimes and torch keep threads of their own; together they have ended a test worker minutes later. What
+# uses them runs in processes of its own, which tests/test_apart.py starts.
+APART = ("exporters", "jobs")
+collect_ignore = [] if os.environ.get("NULSQ_TESTS_APART") else list(APART)
