@@ -127,7 +127,7 @@ def _as_target(target: str, content: bytes, folder: Path) -> Path:
     else:
         import openvino as ov
 
-        ov.save_model(ov.Core().read_model(content), str(file), compress_to_fp16=False)
+        ov.save_model(runtimes.openvino_core().read_model(content), str(file), compress_to_fp16=False)
     return file
 
 

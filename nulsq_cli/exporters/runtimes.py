@@ -6,6 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,21 @@ def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int =
     return lambda images: torch.from_numpy(started.run(None, {name: images.numpy()})[0])
 
 
-def openvino(content: bytes | Path, *, threads: int = 0) -> tuple[Run, object]:
-    """(a compiled model on the processor, OpenVINO's own object of it)."""
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's entry, one for the life of the process: its threads may outlive what an entry unloads when it goes."""
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     import openvino as ov
 
+    return ov.Core()
+
+
+def openvino(content: bytes | Path, *, threads: int = 0) -> tuple[Run, object]:
+    """(a compiled model on the processor, OpenVINO's own object of it)."""
     settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
     if threads:
         settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-    core = ov.Core()
+    core = openvino_core()
     model = core.read_model(content if isinstance(content, bytes) else str(content))
     compiled = core.compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
