@@ -32,6 +32,8 @@ class _Around(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, gaps: Tensor, negative: int) -> Tensor:
         ctx.negative = negative  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling() and fast.loops(gaps, gaps) is native:
+            return native.around(gaps, negative)
         above = pad(gaps[:, negative:].cumsum(1), (1, 0))
         if not negative:
             return above
@@ -40,6 +42,9 @@ class _Around(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         negative = ctx.negative  # type: ignore[attr-defined]
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # as in _StraightThrough
+        if not recorded and fast.loops(grad, grad) is native:
+            return native.around_backward(grad, negative), None
         above = grad[:, negative + 1 :].flip(1).cumsum(1).flip(1)  # a gap moves all levels beyond it
         return torch.cat((-grad[:, :negative].cumsum(1), above), 1) if negative else above, None
 

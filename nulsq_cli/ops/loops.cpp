@@ -44,15 +44,20 @@ template <class Step> static inline void over(const float *x, float *y, int64_t 
     }
 }
 
-template <class Step> static inline void over(const float *g, const float *x, float *dx, int64_t n, float filler, Step step) {
+// The same for step(g, x, dx), which takes WIDE vectors of each at a time: what it keeps in memory is then read once for all of them.
+template <int WIDE, class Step> static inline void over(const float *g, const float *x, float *dx, int64_t n, float filler, Step step) {
+    vec gs[WIDE], xs[WIDE], out[WIDE];
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(dx + i, step(load(g + i), load(x + i)));
+    for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
+        for (int w = 0; w < WIDE; ++w) gs[w] = load(g + i + w * LANES), xs[w] = load(x + i + w * LANES);
+        step(gs, xs, out);
+        for (int w = 0; w < WIDE; ++w) store(dx + i + w * LANES, out[w]);
+    }
     if (i < n) {
-        float gs[LANES] = {}, xs[LANES], out[LANES];
-        std::fill(xs, xs + LANES, filler);
+        for (int w = 0; w < WIDE; ++w) gs[w] = all(0.f), xs[w] = all(filler);
         std::memcpy(gs, g + i, (n - i) * sizeof(float));
         std::memcpy(xs, x + i, (n - i) * sizeof(float));
-        store(out, step(load(gs), load(xs)));
+        step(gs, xs, out);
         std::memcpy(dx + i, out, (n - i) * sizeof(float));
     }
 }
@@ -107,23 +112,26 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
     blocks(rows, cols, threads, [=, &sums](int64_t row, int64_t first, int64_t n, int64_t b) {
         const Table<K> table(l + row * count, nullptr, count);
         const vec bottom = table.levels[0], top = all(l[row * count + count - 1]);
-        vec gaps[K - 1] = {}, low = {}, high = {};
-        over(g + first, x + first, dx + first, n, l[row * count], [&](vec gv, vec v) {
-            const vec pull = gv * (table.nearest(v) - v);
-            mask above = v > bottom;
+        vec beyond[K] = {}, low = {}, high = {};  // beyond[k]: of what lies above level k, so that a level costs one comparison
+        over<4>(g + first, x + first, dx + first, n, l[row * count], [&](const vec *gv, const vec *v, vec *out) {
+            vec pull[4];
+            for (int w = 0; w < 4; ++w) pull[w] = table.levels[0];
 #pragma GCC unroll 16
-            for (int k = 0; k + 1 < K; ++k) {
-                const mask next = v > table.levels[k + 1];
-                gaps[k] += where(above & ~next, pull);
-                above = next;
+            for (int k = 0; k + 1 < K; ++k)
+                for (int w = 0; w < 4; ++w) pull[w] = v[w] > table.cuts[k] ? table.levels[k + 1] : pull[w];
+            for (int w = 0; w < 4; ++w) {
+                const mask under = v[w] < bottom, over_ = v[w] > top, inside = ~(under | over_);
+                low += where(under, gv[w]);
+                high += where(over_, gv[w]);
+                out[w] = where(inside, gv[w]);
+                pull[w] = where(inside, gv[w] * (pull[w] - v[w]));
             }
-            const mask under = v < bottom, over_ = v > top;
-            low += where(under, gv);
-            high += where(over_, gv);
-            return where(~(under | over_), gv);
+#pragma GCC unroll 16
+            for (int k = 0; k + 1 < K; ++k)
+                for (int w = 0; w < 4; ++w) beyond[k] += where(v[w] > table.levels[k], pull[w]);
         });
         double *own = &sums[b * (K + 1)];
-        for (int k = 0; k + 1 < K; ++k) own[k] = lanes(gaps[k]);
+        for (int k = 0; k + 1 < K; ++k) own[k] = lanes(beyond[k]) - lanes(beyond[k + 1]);
         own[K - 1] = lanes(low);
         own[K] = lanes(high);
     });
@@ -177,11 +185,11 @@ void nulsq_grid_backward(const float *g, const float *x, float *dx, int64_t rows
     blocks(rows, cols, threads, [=, &sums](int64_t row, int64_t first, int64_t n, int64_t b) {
         const vec step = all(steps[row]);
         vec total = {};
-        over(g + first, x + first, dx + first, n, 0.f, [&](vec gv, vec v) {
-            const vec place = v / step;
+        over<1>(g + first, x + first, dx + first, n, 0.f, [&](const vec *gv, const vec *v, vec *out) {
+            const vec place = *v / step;
             const mask inside = (place >= low) & (place <= high);
-            total += gv * (rounded(held(place, low, high)) - where(inside, place));
-            return where(inside, gv);
+            total += *gv * (rounded(held(place, low, high)) - where(inside, place));
+            *out = where(inside, *gv);
         });
         sums[b] = lanes(total);
     });
@@ -189,6 +197,26 @@ void nulsq_grid_backward(const float *g, const float *x, float *dx, int64_t rows
         double total = 0;
         for (int64_t b = 0; b < each; ++b) total += sums[row * each + b];
         to_steps[row] = (float)total;
+    }
+}
+
+
+void nulsq_around(const float *gaps, float *levels, int rows, int count, int negative) {
+    for (int row = 0; row < rows; ++row, gaps += count, levels += count + 1) {
+        levels[negative] = 0;
+        double sum = 0;
+        for (int k = negative; k < count; ++k) levels[k + 1] = (float)(sum += gaps[k]);
+        sum = 0;
+        for (int k = negative; k-- > 0;) levels[k] = (float)-(sum += gaps[k]);
+    }
+}
+
+void nulsq_around_backward(const float *g, float *to_gaps, int rows, int count, int negative) {
+    for (int row = 0; row < rows; ++row, g += count + 1, to_gaps += count) {
+        double sum = 0;
+        for (int k = count; k-- > negative;) to_gaps[k] = (float)(sum += g[k + 1]);
+        sum = 0;
+        for (int k = 0; k < negative; ++k) to_gaps[k] = (float)-(sum += g[k]);
     }
 }
 

@@ -44,8 +44,9 @@ def library() -> ctypes.CDLL | None:
     loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number]
     loaded.nulsq_grid.argtypes = [data, data, size, size, data, ctypes.c_float, ctypes.c_float, number]
     loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, ctypes.c_float, ctypes.c_float, number]
-    for function in (loaded.nulsq_lookup, loaded.nulsq_levels_backward, loaded.nulsq_grid, loaded.nulsq_grid_backward):
-        function.restype = None
+    loaded.nulsq_around.argtypes = loaded.nulsq_around_backward.argtypes = [data, data, number, number, number]
+    for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward"):
+        getattr(loaded, f"nulsq_{name}").restype = None
     return loaded
 
 
@@ -125,6 +126,24 @@ def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: i
     library().nulsq_grid_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, step.data_ptr(),
                                   to_step.data_ptr(), lowest, highest, _threads(x))  # fmt: skip
     return to_x, to_step
+
+
+def around(gaps: Tensor, negative: int) -> Tensor:
+    """The forward of `codebook.levels_around_zero`."""
+    gaps = gaps.contiguous()
+    rows, count = gaps.shape
+    levels = gaps.new_empty(rows, count + 1)
+    library().nulsq_around(gaps.data_ptr(), levels.data_ptr(), rows, count, negative)
+    return levels
+
+
+def around_backward(grad: Tensor, negative: int) -> Tensor:
+    """Its backward: (C, N + 1) to (C, N)."""
+    grad = grad.contiguous()
+    rows, count = grad.shape
+    to_gaps = grad.new_empty(rows, count - 1)
+    library().nulsq_around_backward(grad.data_ptr(), to_gaps.data_ptr(), rows, count - 1, negative)
+    return to_gaps
 
 
 def _threads(x: Tensor) -> int:

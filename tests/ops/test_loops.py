@@ -71,6 +71,25 @@ def test_gradients_of_levels_are_the_eager_ones(path, layout, count, eager):
         torch.testing.assert_close(to_levels, truth[1], rtol=1e-4, atol=1e-5 * x.numel())
 
 
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_a_gap_in_which_nothing_lies_has_no_gradient_at_all(count):
+    levels = torch.arange(count).float()
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).abs().clamp_max(1)  # all in the lowest gap
+    _, to_levels = native.levels_backward(torch.rand(3000), x, levels)
+    assert to_levels[0] != 0 and to_levels[1] != 0 and not to_levels[2:].any()
+
+
+@pytest.mark.parametrize("negative", [0, 1, 3, 7])
+def test_levels_from_gaps_are_bit_for_bit_the_eager_ones(negative, eager):
+    draw = torch.Generator().manual_seed(negative)
+    gaps, grad = torch.rand(5, 7, generator=draw), torch.randn(5, 8, generator=draw)
+    truth = gaps.clone().requires_grad_()
+    made = codebook.levels_around_zero(truth, negative)
+    made.backward(grad)
+    assert torch.equal(native.around(gaps, negative), made)
+    assert torch.equal(native.around_backward(grad, negative), truth.grad)
+
+
 def test_gradients_of_a_wide_table_are_the_eager_ones_when_traced(eager):
     for tables in (1, 4):
         x, grad, levels = case(64, tables, (4, 50), 0)
