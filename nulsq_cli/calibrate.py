@@ -146,8 +146,8 @@ def initialize(model: nn.Module, inputs: dict[str, TensorStats], weight_rule: st
         if layer.weight_quantizer is not None:
             stats = measure(layer.weight, layer.weight_quantizer.spec.channels)
             _start(layer.weight_quantizer, stats, weight_rule, layer.weight.float())
-        if layer.input_quantizer is not None:
-            _start(layer.input_quantizer, inputs[name], input_rule)
+        if (quantizer := layer.input_quantizer) is not None:
+            _start(quantizer, inputs[name], input_rule if quantizer.steps() else "mse")  # what is not learned has to be right
 
 
 def _start(quantizer: Quantizer, stats: TensorStats, rule: str, weight: Tensor | None = None) -> None:

@@ -59,7 +59,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer. `signed` is that of its input; None while nothing was measured."""
+    """What becomes of one layer.
+
+    `signed` is that of its input; None while nothing was measured. `input_learned` is False where an 8-bit input is
+    the image itself: nothing before it is trained, so a gradient to its step would cost a convolution's backward pass
+    over the images (a seventh of a ResNet-18's training step) for a step that the images' range says as well.
+    """
 
     name: str
     type: str
@@ -71,6 +76,7 @@ class LayerPlan:
     method: str
     reason: str
     grid: Grid = "float"
+    input_learned: bool = True
 
     @property
     def weights(self) -> int:
@@ -146,8 +152,8 @@ def _check_stored(p: LayerPlan) -> None:
     sound = all(isinstance(t, str) for t in texts) and all(type(n) is int and n > 0 for n in p.shape)
     if not sound or p.weight_bits not in widths or p.input_bits not in widths:
         raise ValueError(f"{p.name!r}: impossible shape or widths")
-    if p.signed not in (True, False, None) or p.granularity not in ("tensor", "channel"):
-        raise ValueError(f"{p.name!r}: impossible sign or granularity")
+    if p.signed not in (True, False, None) or p.input_learned not in (True, False) or p.granularity not in ("tensor", "channel"):
+        raise ValueError(f"{p.name!r}: impossible sign, granularity or learning")
 
 
 @dataclass(frozen=True)
@@ -276,6 +282,8 @@ def _plan_layer(name: str, module: nn.Module, policy: Policy, seen: Seen | None,
             plan = _apply(plan, rule)
     if plan.weight_bits == plan.input_bits == FLOAT_BITS:
         plan = replace(plan, method="float")
+    if seen.order == 0 and plan.input_bits == 8:
+        plan = replace(plan, input_learned=False)
     return plan
 
 
@@ -319,6 +327,8 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         options = plan.options if entry.method == plan.method else {}
         weights = _quantizer(entry, "weight", options)
         inputs = _quantizer(entry, "activation", options)
+        if inputs is not None:
+            inputs.requires_grad_(entry.input_learned)
         model.set_submodule(entry.name, LAYERS[type(layer)](layer, weights, inputs))
     return model
 

@@ -45,6 +45,21 @@ def test_first_and_last_get_their_own_bits_by_timms_notes():
     assert plan["conv1"].signed and not plan["layer1.0.conv2"].signed
 
 
+def test_the_step_of_8_bit_images_is_measured_well_and_not_learned():
+    model, plan = quantized(small(), SIZE, rule="lsq")
+    images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
+    assert [p.name for p in plan.layers if not p.input_learned] == ["conv1"]
+    assert Plan.from_json(plan.to_json()) == plan
+    step = model.conv1.input_quantizer.step.detach().clone()
+    assert step * 127 == pytest.approx(float(images.abs().max()), rel=0.1)  # the rule `lsq` would be several times as wide
+    model.train()(images).sum().backward()
+    still = {n for n, p in model.named_parameters() if p.grad is None}
+    assert still == {"conv1.input_quantizer.step"} and model.conv1.weight_quantizer.step.grad.abs().sum() > 0
+    for rule in (Rule("conv1", bits=Bits(8, 4)), Rule("conv1", method="nulsq-wa", bits=Bits(4, 4))):
+        few = make_plan(small(), policy(rules=(rule,)), SIZE)
+        assert all(p.input_learned for p in few.layers)  # a few levels have to be placed with care
+
+
 def test_rules_change_what_they_match_and_the_last_one_wins():
     rules = (Rule("layer1.*", bits=Bits(4, 4)), Rule("re:layer1\\.0\\..*", method="lsq"), Rule("layer2.0.conv1", skip=True),
              Rule("layer1.1.conv1", bits=Bits(2, 8), granularity="channel", signed=True))  # fmt: skip

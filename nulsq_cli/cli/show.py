@@ -88,7 +88,8 @@ class Show:
                 p["name"], p["type"], "×".join(map(str, p["shape"])),
                 "float" if p["method"] == "float" else f"{p['weight_bits']}/{p['input_bits']}",
                 "-" if p["signed"] is None or p["method"] == "float" else "signed" if p["signed"] else "unsigned",
-                p["granularity"] if p["method"] != "float" else "-", p["method"], p["reason"],
+                p["granularity"] if p["method"] != "float" else "-", p["method"],
+                p["reason"] + ("" if p["input_learned"] else "; the images' step is not learned"),
             ]
             for p in plan["layers"]
         ]  # fmt: skip

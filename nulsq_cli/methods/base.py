@@ -167,8 +167,8 @@ class Quantizer(nn.Module):
         return self.on_grid(self.levels()) if self._nearest() else codebook.middles(self.codebook(x).thresholds)
 
     def steps(self) -> list[nn.Parameter]:
-        """The learned quantizer parameters, which have their own optimizer."""
-        return list(self.parameters())
+        """The learned quantizer parameters, which have their own optimizer; none where the plan says not to learn."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     def penalty(self) -> Tensor | None:
         """A term that the method adds to the loss, (), or None."""

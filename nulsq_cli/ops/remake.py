@@ -35,7 +35,7 @@ def _versions(arguments: tuple[Any, ...]) -> list[int]:
 
 def made_by(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """y, with a note that `make(*arguments)` gives its bits, in its layout, once more."""
-    if not torch.compiler.is_compiling() and y.requires_grad:
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         y._nulsq_way = _Way(make, arguments)  # type: ignore[attr-defined]
     return y
 

@@ -33,7 +33,7 @@ def follow(model: nn.Module, quantizers: Sequence[Quantizer], loader: Callable[[
         seed: of the run; the probes are drawn from it.
         world: the processes; each measures on its own images, and all take the mean.
     """
-    wanted = {q: count for q in quantizers if (count := q.curvature_batches(epoch))}
+    wanted = {q: count for q in quantizers if q.steps() and (count := q.curvature_batches(epoch))}
     if not wanted:
         return
     reseed(seed, epoch, world.rank)
