@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -186,7 +186,9 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x: in float32 also under autocast, returned in x's own dtype."""
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        # Entering a context costs as much as a small weight's quantizing.
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             if self.training:
                 return self.quantize(x.float()).to(x.dtype)
             return self._by_tables(x.float()).to(x.dtype)
@@ -230,8 +232,11 @@ def keep_positive(steps: Tensor) -> None:
     Args:
         steps: (..., N), any values; NaN stays NaN.
     """
-    floor = steps.clamp_min(0).mean(-1, keepdim=True) * SMALLEST_SHARE
-    torch.maximum(steps, floor.clamp_min(SMALLEST_STEP), out=steps)
+    if steps.shape[-1] == 1:
+        steps.clamp_min_(SMALLEST_STEP)
+        return
+    floor = steps.clamp_min(0).mean(-1, keepdim=True).mul_(SMALLEST_SHARE).clamp_min_(SMALLEST_STEP)
+    torch.maximum(steps, floor, out=steps)
 
 
 def gradient_factor(x: Tensor, spec: QuantSpec, largest: int, mode: str) -> float:

@@ -73,4 +73,4 @@ class LLSQ(LSQ):
     def _error(self, x: Tensor, factor: float) -> Tensor:
         apart = self._rounded(x, factor) - x
         errors = apart.square() if self.error == "l2" else apart.abs()
-        return errors.view(self.spec.channels, -1).mean(1, dtype=torch.float64)
+        return errors.reshape(self.spec.channels, -1).mean(1, dtype=torch.float64)

@@ -152,6 +152,21 @@ def test_every_step_gets_a_gradient_and_the_input_too(method, spec):
 
 
 @pytest.mark.parametrize(("method", "spec"), CASES)
+def test_the_layout_in_memory_changes_nothing(method, spec):
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        quantizer = started(method, spec).train()
+        x = data(spec, 3).view(3, 4, 10, 10).to(memory_format=layout).requires_grad_()
+        y = quantizer(x)
+        loss = (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(4))).sum()
+        own = quantizer.penalty()
+        (loss if own is None else loss + own).backward()
+        found.append([y.detach(), x.grad, *(p.grad for p in quantizer.steps()), once(quantizer.eval(), x)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
 def test_arithmetic_is_float32_under_autocast_and_the_type_comes_back(method, spec):
     quantizer, x = started(method, spec), data(spec, 5)
     truth = once(quantizer, x.bfloat16().float())
