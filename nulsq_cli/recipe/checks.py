@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from nulsq_cli.errors import suggest
 from nulsq_cli.methods import METHODS
 from nulsq_cli.schemes import SCHEMES
-from nulsq_cli.values import FLOAT_BITS
+from nulsq_cli.values import FLOAT_BITS, Bits
 
 if TYPE_CHECKING:
     from nulsq_cli.recipe.schema import Recipe
+    from nulsq_cli.values import Phase
 
 
 def across(r: Recipe) -> list[str]:
@@ -31,15 +32,7 @@ def _numbers(r: Recipe) -> list[str]:
 
 def _methods(r: Recipe) -> list[str]:
     """What is asked of a method that it cannot do, layer rules included."""
-    q = r.quant
-    signed = q.signed if isinstance(q.signed, bool) else None
-    asked = [("quant.method", q.method, q.bits, q.granularity, signed)]
-    asked += [("quant.first_last.method", q.first_last.method, q.first_last.bits, q.granularity, signed)]
-    asked += [
-        (f"quant.rules.{i}", x.method or q.method, x.bits or q.bits, x.granularity or q.granularity,
-         signed if x.signed is None else x.signed) for i, x in enumerate(q.rules) if not x.skip
-    ]  # fmt: skip
-    wrong = []
+    q, asked, wrong = r.quant, _asked(r, r.quant.bits), []
     for key, method, *wanted in asked:
         if what := METHODS[method].complaint(*wanted, q.grid):
             wrong.append(f"{key}: {method} {what}")
@@ -54,6 +47,18 @@ def _methods(r: Recipe) -> list[str]:
             near = suggest(name, known) if known else "it takes none"
             wrong.append(f"quant.options.{name}: no option of {q.method} ({near})")
     return wrong
+
+
+def _asked(r: Recipe, bits: Bits) -> list[tuple[str, str, Bits, str, bool | None]]:
+    """(key, method, widths, granularity, sign) of all that is asked for while the model has these widths."""
+    q = r.quant
+    signed = q.signed if isinstance(q.signed, bool) else None
+    asked = [("quant.method", q.method, bits, q.granularity, signed)]
+    asked += [("quant.first_last.method", q.first_last.method, q.first_last.bits, q.granularity, signed)]
+    return asked + [
+        (f"quant.rules.{i}", x.method or q.method, x.bits or bits, x.granularity or q.granularity,
+         signed if x.signed is None else x.signed) for i, x in enumerate(q.rules) if not x.skip
+    ]  # fmt: skip
 
 
 def _stabilizers(r: Recipe) -> list[str]:
@@ -78,7 +83,22 @@ def _scheme(r: Recipe) -> list[str]:
     if name == "plain" and r.teacher.name is not None:
         return ["scheme.name: plain has no teacher, but teacher.name is set (leave scheme out, or choose kd)"]
     try:
-        r.phases()
+        phases = r.phases()
     except (ValueError, TypeError, ArithmeticError, AttributeError) as reason:
         return [f"scheme.options: {reason}"]
-    return []
+    return _on_the_way(r, [phase for phase in phases if phase.bits != r.quant.bits])
+
+
+def _on_the_way(r: Recipe, phases: list[Phase]) -> list[str]:
+    """What phases at other widths than the last ones ask of a method that it cannot do; once for each method."""
+    q, wrong = r.quant, {}
+    say = lambda method, *wanted: METHODS[method].complaint(*wanted, q.grid)  # noqa: E731
+    for phase in phases:
+        # Either a width of the ladder is at fault, or that one side is quantized before the other.
+        sides = Bits(*(FLOAT_BITS if now == FLOAT_BITS else last for now, last in
+                       ((phase.bits.weights, q.bits.weights), (phase.bits.activations, q.bits.activations))))  # fmt: skip
+        for (_, *now), (_, *alike), (_, *last) in zip(*(_asked(r, bits) for bits in (phase.bits, sides, q.bits)), strict=True):
+            if (what := say(*now)) and not say(*last):
+                key = "scheme.name" if say(*alike) else "scheme.options.ladder"
+                wrong.setdefault(now[0], f"{key}: {now[0]} {what} in the phase {phase.name!r} of {r.scheme_name}")
+    return list(wrong.values())
