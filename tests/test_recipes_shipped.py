@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nulsq_cli import recipe
+from nulsq_cli import recipe, session
+from nulsq_cli.convert import make_plan
 from nulsq_cli.errors import suggest
 from nulsq_cli.methods import METHODS
+from nulsq_cli.models import create_float_model
 
 NAMES = [name for name, _ in recipe.shipped()]
 
@@ -37,6 +39,13 @@ def test_the_defaults_of_finetune_are_shipped():
     assert sorted(NAMES) == NAMES
 
 
+def test_cifar_has_a_recipe_for_every_depth_and_order_of_activation():
+    wanted = {f"cifar{c}_{kind}{depth}": (c, f"{kind}{depth}_cifar")
+              for c in (10, 100) for kind in ("resnet", "preresnet") for depth in (20, 56)}  # fmt: skip
+    found = {name: recipe.load(name).model for name in NAMES if name.startswith("cifar")}
+    assert {name: (model.num_classes, model.name) for name, model in found.items()} == wanted
+
+
 def test_bases_are_not_listed():
     assert not [name for name in NAMES if "/" in name or name == "cifar"]
     assert suggest("imagene", NAMES) == "did you mean 'imagenet'?"
@@ -50,6 +59,25 @@ def test_a_shipped_recipe_resolves_to_one_that_runs_alone(name, tmp_path):
     copy.write_text(r.to_yaml(), encoding="utf-8")
     assert recipe.load(copy) == r
     assert "extends" not in r.to_yaml()
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {}  # name and classes -> a network with random weights: recipes share them
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_can_be_planned(networks, name):
+    r = recipe.load(name)
+    m = r.model
+    if (key := (m.name, m.num_classes)) not in networks:
+        networks[key] = create_float_model(m.name, num_classes=m.num_classes, in_chans=m.in_chans, kwargs=m.kwargs)
+    layers = make_plan(networks[key], session.policy(r), session.data_config(r, networks[key])["input_size"]).layers
+    if str(r.quant.bits) == "32/32":
+        assert not any(p.quantized for p in layers)
+    else:
+        inner = [p for p in layers if (p.weight_bits, p.input_bits) == (r.quant.bits.weights, r.quant.bits.activations)]
+        assert len(inner) > len(layers) / 2 and layers[0].quantized
 
 
 @pytest.mark.parametrize("name", NAMES)
