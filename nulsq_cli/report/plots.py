@@ -129,14 +129,21 @@ def _inner(target: dict[str, Any], tensor: str) -> list[dict[str, Any]]:
     return [r for r in target["layers"] if r["tensor"] == tensor and r["bits"] == width]
 
 
-def label(target: dict[str, Any]) -> str:
-    """What a target is called in a legend."""
-    return f"{target['method']} {target['bits']}"
+def labels(targets: list[dict[str, Any]]) -> list[str]:
+    """What targets are called in a legend: method and bits, and where several have the same, their run, too."""
+    names = [f"{t['method']} {t['bits']}" for t in targets]
+    runs = [_run(Path(t["target"])) if names.count(name) > 1 else "" for name, t in zip(names, targets, strict=True)]
+    return [f"{name} {run}".rstrip() for name, run in zip(names, runs, strict=True)]
+
+
+def _run(target: Path) -> str:
+    """The name of a run folder, also of one whose packed file is given."""
+    return target.resolve().parents[1].name if target.parent.name == "export" else target.resolve().name
 
 
 def _bars(axis: Any, targets: list[dict[str, Any]], tensor: str) -> None:
     names: list[str] = list(dict.fromkeys(r["name"] for t in targets for r in _inner(t, tensor)))
-    width = 0.8 / len(targets)
+    width, called = 0.8 / len(targets), labels(targets)
     top = 1.0
     for index, target in enumerate(targets):
         found = {r["name"]: r for r in _inner(target, tensor)}
@@ -144,7 +151,7 @@ def _bars(axis: Any, targets: list[dict[str, Any]], tensor: str) -> None:
         top = max([top, *(r["bits"] for r in found.values())])
         mean = sum(r["entropy"] for r in found.values()) / max(len(found), 1)
         axis.bar([i + (index - (len(targets) - 1) / 2) * width for i in range(len(names))], heights, width * 0.92,
-                 color=COLORS[index % len(COLORS)], label=f"{label(target)}   mean {mean:.3f}")  # fmt: skip
+                 color=COLORS[index % len(COLORS)], label=f"{called[index]}   mean {mean:.3f}")  # fmt: skip
     axis.axhline(top, color=INK, lw=0.8, ls=(0, (4, 3)))
     axis.text(len(names) - 0.5, top, f" all {top:g} bits used", va="bottom", ha="right", fontsize=8.5)
     axis.set_ylim(0, top * 1.32)
@@ -177,7 +184,7 @@ def _levels(axis: Any, targets: list[dict[str, Any]], tensor: str) -> None:
             if len(row["levels"]) <= 8:
                 axis.annotate(f"{100 * share:.0f} %", (level, place), xytext=(0, -13), textcoords="offset points",
                               ha="center", fontsize=7.5)  # fmt: skip
-    axis.set_yticks(range(len(targets)), [label(t) for t in reversed(targets)])
+    axis.set_yticks(range(len(targets)), labels(targets)[::-1])
     axis.set_ylim(-0.45, len(targets) - 0.1)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)

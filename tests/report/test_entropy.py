@@ -51,3 +51,9 @@ def test_the_picture_is_drawn_for_one_and_for_several(tmp_path, suffix):
         plots.entropy(found, tmp_path / f"{len(found)}.{suffix}")
     sizes = [(tmp_path / f"{n}.{suffix}").stat().st_size for n in (1, 2)]
     assert min(sizes) > 5000 and sizes[0] != sizes[1]
+
+
+def test_targets_of_one_method_and_width_are_told_apart_by_their_run():
+    same = {"method": "lsq", "bits": "2/2"}
+    targets = [{**same, "target": "runs/a"}, {**same, "target": "runs/b.2/export/model.safetensors"}, {**same, "bits": "3/3"}]
+    assert plots.labels(targets) == ["lsq 2/2 a", "lsq 2/2 b.2", "lsq 3/3"]
