@@ -18,7 +18,7 @@ from nulsq_cli.initializers import measure
 from nulsq_cli.layers import QuantLayer, evaluating, quant_layers, quantizers, without
 from nulsq_cli.measuring import Measured, block_sum, in_memory_order, reach
 from nulsq_cli.methods.base import Quantizer
-from nulsq_cli.values import TensorStats
+from nulsq_cli.values import FLOAT_BITS, TensorStats
 
 Chunks = Callable[[], Iterable[tuple[int, Tensor]]]
 """Starts a pass over the calibration images of this process: (chunk number, normalised images)."""
@@ -147,7 +147,8 @@ def initialize(model: nn.Module, inputs: dict[str, TensorStats], weight_rule: st
             stats = measure(layer.weight, layer.weight_quantizer.spec.channels)
             _start(layer.weight_quantizer, stats, weight_rule, layer.weight.float())
         if (quantizer := layer.input_quantizer) is not None:
-            _start(quantizer, inputs[name], input_rule if quantizer.steps() else "mse")  # what is not learned has to be right
+            still = any(not p.requires_grad for p in quantizer.parameters())  # then nothing mends a start that is not the best
+            _start(quantizer, inputs[name], "mse" if still else input_rule)
 
 
 def _start(quantizer: Quantizer, stats: TensorStats, rule: str, weight: Tensor | None = None) -> None:
@@ -247,7 +248,7 @@ def reestimate_batchnorm(model: nn.Module, chunks: Chunks, count: int, reduce: R
 
 def layers_to_measure(plan: Plan) -> list[str]:
     """The layers whose input will be quantized."""
-    return [p.name for p in plan.layers if p.quantized]
+    return [p.name for p in plan.layers if p.input_bits < FLOAT_BITS]
 
 
 def first_bad_layer(model: nn.Module) -> str | None:

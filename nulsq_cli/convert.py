@@ -158,10 +158,11 @@ def _check_stored(p: LayerPlan) -> None:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass of noise showed of a layer: when it first ran and whether its input had negatives."""
+    """What one pass of noise showed of a layer: when it first ran, whether its input had negatives and was the image itself."""
 
     order: int
     signed: bool
+    image: bool
 
 
 def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
@@ -179,9 +180,10 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            signed = bool((args[0] < 0).any())
+            signed, image = bool((args[0] < 0).any()), args[0].data_ptr() == noise.data_ptr()
             known = seen.get(name)
-            seen[name] = Seen(known.order, known.signed or signed) if known else Seen(len(seen), signed)
+            seen[name] = (Seen(known.order, known.signed or signed, known.image and image) if known
+                          else Seen(len(seen), signed, image))  # fmt: skip
 
         return hook
 
@@ -195,7 +197,7 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
             model(noise)
     except (RuntimeError, AssertionError, TypeError, ValueError) as reason:
         raise UsageError(
-            f"the model does not run on images of {tuple(input_size)}: {str(reason).splitlines()[0]}",
+            f"the model does not run on images of {tuple(input_size)}: {(str(reason) or type(reason).__name__).splitlines()[0]}",
             fix="give the size that it was made for with --input-size C H W",
         ) from reason
     finally:
@@ -282,7 +284,7 @@ def _plan_layer(name: str, module: nn.Module, policy: Policy, seen: Seen | None,
             plan = _apply(plan, rule)
     if plan.weight_bits == plan.input_bits == FLOAT_BITS:
         plan = replace(plan, method="float")
-    if seen.order == 0 and plan.input_bits == 8:
+    if seen.image and plan.input_bits == 8:
         plan = replace(plan, input_learned=False)
     return plan
 

@@ -116,6 +116,8 @@ def chunks(dataset: Dataset, transform: Any, samples: int, world: World, r: reci
     """(start a pass over fixed chunks of some images, how many chunks there are over all processes)."""
     samples = min(samples, len(dataset))
     size = min(CHUNK, samples)
+    if samples > size and samples % size == 1:
+        samples -= 1  # BatchNorm has no statistics of a single image
 
     def start() -> Iterable[tuple[int, Tensor]]:
         return data.fixed_chunks_loader(dataset, samples, size, r.seed, transform, rank=world.rank, world=world.size)

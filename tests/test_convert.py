@@ -55,6 +55,8 @@ def test_the_step_of_8_bit_images_is_measured_well_and_not_learned():
     model.train()(images).sum().backward()
     still = {n for n, p in model.named_parameters() if p.grad is None}
     assert still == {"conv1.input_quantizer.step"} and model.conv1.weight_quantizer.step.grad.abs().sum() > 0
+    behind = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    assert all(p.input_learned for p in make_plan(behind, policy(), SIZE).layers)  # what it reads is learned
     for rule in (Rule("conv1", bits=Bits(8, 4)), Rule("conv1", method="nulsq-wa", bits=Bits(4, 4))):
         few = make_plan(small(), policy(rules=(rule,)), SIZE)
         assert all(p.input_learned for p in few.layers)  # a few levels have to be placed with care

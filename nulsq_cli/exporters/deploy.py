@@ -22,6 +22,7 @@ from nulsq_cli.exporters.proof import LEAST_SHARE, Trial
 from nulsq_cli.exporters.trace import Traced, trace
 from nulsq_cli.exporters.twin import Twin, settle
 from nulsq_cli.files import write_atomically
+from nulsq_cli.models import first_line
 
 OWN = {"onnx": (runtimes.OPTIMIZERS_ON, runtimes.OPTIMIZERS_OFF), "openvino": (runtimes.OPENVINO,)}
 """The ways to run a file in which it has to agree with its twin; any other runtime that is here is reported."""
@@ -37,11 +38,13 @@ class Material:
         calibration: batches from which outputs take their ranges.
         trial: batches, with classes where these are known, on which the file is compared with its twin.
         few: how many of those the slow ways to run the file see.
+        real: whether the ranges come from images of the run, not from noise.
     """
 
     calibration: list[Tensor]
     trial: Iterable[tuple[Tensor, Tensor | None]]
     few: int = 1000
+    real: bool = True
 
 
 def options_for(target: str, grid: str, act: str, reach: int) -> Options:
@@ -93,13 +96,15 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
         if options.grid == "int8":
             for runtime, layers in layer_proof.wrong_layers(onnx_model, network, _small_runs(target)).items():
                 _refuse(path, f"{runtime} does not compute the integers of", layers)
-        say(f"  codes equal, {sum(x.integer for x in network.layers.values())} layers equal integer by integer")
-        trial, shares = _trial(target, file, material.few, len(network.layers))
+        whole = sum(x.integer for x in network.layers.values())
+        say("  codes equal" + (f", {whole} layers equal integer by integer" if options.grid == "int8" else ""))
+        trial, shares, doubts = _trial(target, file, path, material.few, len(network.layers))
         trial.hold(model, twin, material.trial)
         if failures := trial.failures(OWN[target]):
             raise CheckFailedError(f"the file does not agree with its twin in {'; '.join(failures)}", where=path,
                                    fix="nothing was written; give images of the model's own kind with --data-dir, or another "
                                        "--act")  # fmt: skip
+        doubts += [f"does not agree with its twin in {words}" for words in trial.failures(trial.runs.keys() - set(OWN[target]))]
         written = _place(target, file, path)
     verified: dict[str, Any] = {
         **next(iter(trial.files.values())).to_json(), "codes_equal": True, "layers_equal": options.grid == "int8",
@@ -108,10 +113,16 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
     }  # fmt: skip
     if trial.right is not None:
         verified["model_top1"] = 100 * trial.right / trial.twin.samples
-    timed = _latency(target, content, traced, artifact, material, rounds, options) if rounds else {}
+    timed = {}
+    if rounds:
+        try:
+            timed = _latency(target, content, traced, artifact, material, rounds)
+        except Exception as reason:  # the file is good and written; each runtime has classes of its own
+            doubts.append(f"latency was not measured: {first_line(reason)}")
     return {"path": str(path), "format": target, "bytes": written, "grid": options.grid, "act": options.act,
             "range": options.reach, "float_layers": float_layers(network) if options.grid == "int8" else list(network.by_path),
-            "wide_layers": wide_layers(network), "verified": verified, "latency": timed}  # fmt: skip
+            "wide_layers": wide_layers(network) if options.grid == "int8" else [], "verified": verified, "latency": timed,
+            "images": "real" if material.real else "noise", "doubts": doubts}  # fmt: skip
 
 
 def wide_layers(network: Network) -> list[str]:
@@ -153,23 +164,31 @@ def _refuse(path: Path, what: str, layers: list[str]) -> None:
                                fix="nothing was written; on processors without VNNI use --range 7")  # fmt: skip
 
 
-def _trial(target: str, file: Path, few: int, layers: int) -> tuple[Trial, dict[str, float]]:
-    """The ways to run a file, the target's own first, and which share of its layers each computes in integers."""
+def _trial(target: str, file: Path, path: Path, few: int, layers: int) -> tuple[Trial, dict[str, float], list[str]]:
+    """The ways to run a file, the target's own first; which share of its layers each computes in integers; who refuses it."""
     runs: dict[str, runtimes.Run] = {}
-    shares = {}
-    if target == "onnx":
-        runs = {runtimes.OPTIMIZERS_ON: runtimes.onnxruntime(file),
-                runtimes.OPTIMIZERS_OFF: runtimes.onnxruntime(file, optimized=False)}  # fmt: skip
-        shares[runtimes.OPTIMIZERS_ON] = runtimes.integer_layers_of_onnxruntime(file) / layers
-    if runtimes.here("openvino"):
-        runs[runtimes.OPENVINO], compiled = runtimes.openvino(file)
-        shares[runtimes.OPENVINO] = runtimes.integer_layers_of_openvino(compiled) / layers
+    shares, doubts = {}, []
+    try:
+        if target == "onnx":
+            runs = {runtimes.OPTIMIZERS_ON: runtimes.onnxruntime(file),
+                    runtimes.OPTIMIZERS_OFF: runtimes.onnxruntime(file, optimized=False)}  # fmt: skip
+            shares[runtimes.OPTIMIZERS_ON] = runtimes.integer_layers_of_onnxruntime(file) / layers
+        if runtimes.here("openvino"):
+            runs[runtimes.OPENVINO], compiled = runtimes.openvino(file)
+            shares[runtimes.OPENVINO] = runtimes.integer_layers_of_openvino(compiled) / layers
+    except Exception as reason:  # each runtime has classes of its own
+        if len(runs) < len(OWN[target]):
+            raise CheckFailedError(
+                f"{target} does not take the file: {first_line(reason)}", where=path,
+                fix="nothing was written; try --grid float, which has ordinary operators only",
+            ) from reason  # fmt: skip
+        doubts.append(f"OpenVINO does not take it: {first_line(reason)}")
     slow = tuple(name for name in runs if name != next(iter(runs)))
-    return Trial(runs, slow, few), shares
+    return Trial(runs, slow, few), shares, doubts
 
 
-def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, material: Material, rounds: int,
-             options: Options) -> dict[str, Any]:  # fmt: skip
+def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, material: Material,
+             rounds: int) -> dict[str, Any]:  # fmt: skip
     plain = lower(traced, artifact, Options(grid="none", outputs=False))
     files = {"float32": build(plain, artifact, list(artifact.meta["data_cfg"]["input_size"])).SerializeToString()}
     images = torch.cat(material.calibration)[:8]
@@ -189,8 +208,11 @@ def warnings_of(result: dict[str, Any]) -> list[str]:
     found = []
     own = OWN[result["format"]][0]
     shares = result["verified"]["integer_layers"]
+    found += result["doubts"]
+    if result["images"] == "noise":
+        found.append("the run's images were not at hand: ranges come from noise; --data-dir names the folder of the images")
     if result["grid"] == "float":
-        return ["computes in float: small on disk, but slower than float32 in ONNX Runtime"]
+        return [*found, "computes in float: small on disk, but slower than float32 in ONNX Runtime"]
     for runtime, share in shares.items():
         if share < LEAST_SHARE:
             target = "" if runtime == own else f" (write it with --to {runtime.split(',')[0]})"

@@ -16,6 +16,7 @@ from nulsq_cli.exporters import runtimes
 from nulsq_cli.exporters.lower import Options, lower
 from nulsq_cli.exporters.onnx_file import build, check_operators
 from nulsq_cli.exporters.trace import trace
+from nulsq_cli.models import first_line
 
 LARGEST_SIDE = 1 << 16
 
@@ -83,7 +84,7 @@ def start(content: bytes | Path, runtime: str, threads: int, where: Any, session
             return runtimes.openvino(content, threads=threads)[0]
         return runtimes.onnxruntime(content, threads=threads, **({} if session is None else {"session": session}))
     except Exception as reason:  # each runtime has classes of its own
-        raise InputError(f"{runtime} does not take it: {str(reason).strip().splitlines()[0]}", where=where,
+        raise InputError(f"{runtime} does not take it: {first_line(reason)}", where=where,
                          fix="export it again with `nulsq export`") from reason  # fmt: skip
 
 

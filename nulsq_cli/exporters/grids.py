@@ -153,6 +153,26 @@ def _switched_off(w: Weights) -> Weights:
     return replace(w, sign=torch.where(dead, 0, w.sign), scale=torch.where(dead, some, w.scale))
 
 
+def with_room(w: Weights, bias: Tensor | None, x: Inputs) -> Weights:
+    """Switch off the channels whose bias does not fit into 32 bits beside the sum of products.
+
+    BatchNorm all but switched them off: against the bias, what an integer of their sum stands for is nothing.
+
+    Args:
+        w: the weight.
+        bias: (O,), or None.
+        x: the input.
+    """
+    if bias is None:
+        return w
+    room = 2**31 - 1 - w.integer().abs().flatten(1).sum(1).double() * x.top
+    beyond = bias.double().abs() > room * w.scale.double().abs() * x.scale
+    if not beyond.any():
+        return w
+    wide = (bias.double().abs() / x.scale / 2**24).float()  # then the bias alone has as many digits as a float32
+    return replace(w, sign=torch.where(beyond, 0, w.sign), scale=torch.where(beyond, wide, w.scale))
+
+
 def inputs(artifact: Artifact, site: Site, act: str, reach: int) -> Inputs:
     """The integers of a layer's input.
 

@@ -12,9 +12,6 @@ from nulsq_cli.exporters import grids
 from nulsq_cli.exporters.grids import Inputs, Weights
 from nulsq_cli.exporters.trace import CONVOLUTIONS, MARK, Site, Traced, aten
 
-LARGEST_BIAS = 2**31 - 2**26
-"""Of an int32 bias: the sum of products, below 2**26, still has to fit."""
-
 
 @dataclass(frozen=True)
 class Options:
@@ -78,10 +75,8 @@ class Layer:
 
     @property
     def integer_bias(self) -> Tensor | None:
-        """(O,) float64, whole numbers: the bias in units of the sum."""
-        if self.bias is None:
-            return None
-        return (self.bias.double() / self.unit.double()).round().clamp(-LARGEST_BIAS, LARGEST_BIAS)
+        """(O,) float64, whole numbers: the bias in units of the sum; `grids.with_room` made it fit 32 bits."""
+        return None if self.bias is None else (self.bias.double() / self.unit.double()).round()
 
 
 @dataclass
@@ -129,8 +124,10 @@ def lower(traced: Traced, artifact: Artifact, options: Options) -> Network:
                       else grids.float_inputs(artifact, site))  # fmt: skip
         if entry["weight_bits"] < 32:
             weights = grids.weights(artifact, site, inputs.top if inputs else 1, options.reach)
-        bias = site.folded_bias
-        layers[name] = Layer(site, weights, inputs, None if bias is None else bias.float())
+        bias = None if site.folded_bias is None else site.folded_bias.float()
+        if weights is not None and inputs is not None:
+            weights = grids.with_room(weights, bias, inputs)
+        layers[name] = Layer(site, weights, inputs, bias)
     network = Network(traced, options, layers)
     network.idle = {node.name for node in traced.calls() if _is_idle(network, node)}
     return network

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from nulsq_cli.errors import UsageError
 from nulsq_cli.layers import quant_layers
+from nulsq_cli.models import first_line
 
 aten = torch.ops.aten
 INPUT = "image"
@@ -120,7 +121,7 @@ def trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
             batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(marked, (images,), dynamic_shapes=batch, strict=False)
     except Exception as reason:  # whatever a model's own code does that a graph cannot hold
-        raise UsageError(f"the model has no single graph for any batch: {str(reason).splitlines()[0]}",
+        raise UsageError(f"the model has no single graph for any batch: {first_line(reason)}",
                          fix="export it with --to safetensors") from reason  # fmt: skip
     return _fold(_unlifted(program))
 

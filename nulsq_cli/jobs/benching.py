@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from nulsq_cli import artifact, exporters, session
 from nulsq_cli.errors import InputError
 from nulsq_cli.files import read_json
+from nulsq_cli.methods.base import standing_still
 from nulsq_cli.models import create_float_model
 
 TORCH = "torch"
@@ -163,9 +165,14 @@ def _time(entries: list[Entry], batch: int, rounds: int) -> None:
     from nulsq_cli.exporters.latency import times_in_turns
 
     images = {network: _images(network, batch) for network in {entry.network for entry in entries}}
+    still = ExitStack()  # as in an evaluation: tables and quantized weights are computed once
+    for entry in entries:
+        if isinstance(entry.run, nn.Module):
+            still.enter_context(standing_still(entry.run))
     runs = {number: (lambda _, e=entry: e.run(images[e.network])) for number, entry in enumerate(entries)}
-    for number, found in times_in_turns(runs, torch.empty(0), rounds).items():
-        entries[number].times[batch] = found
+    with still:
+        for number, found in times_in_turns(runs, torch.empty(0), rounds).items():
+            entries[number].times[batch] = found
 
 
 def _row(entry: Entry, batch: int, entries: list[Entry]) -> dict[str, Any]:

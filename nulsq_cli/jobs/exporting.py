@@ -52,7 +52,10 @@ def export_for_runtime(target: str, to: str, path: Path | None, *, grid: str, ac
     model, read = artifact.load(packed)
     if not read.meta["data_cfg"].get("input_size"):
         raise InputError("does not say how large its images are", where=packed, fix="export the run again")
-    path = path or packed.with_suffix(EXPORTERS[to].suffix)
+    suffix = EXPORTERS[to].suffix
+    path = path or packed.with_suffix(suffix)
+    if path.suffix != suffix:
+        raise UsageError(f"a file for {to} is called *{suffix}", where=path, fix=f"give -o a name that ends with {suffix}")
     material, words = _material(read, data_dir, samples)
     show.heading(f"{packed} to {to}")
     show.say(f"  {words}")
@@ -70,29 +73,31 @@ def _material(read: artifact.Artifact, data_dir: str | None, samples: int | None
     most, few = (10_000, 1000) if small else (1000, 200)
     most = samples or most
     few = min(few, most)
-    stored = read.meta.get("recipe")
+    stored, known = read.meta.get("recipe"), None
     if stored:
         used = recipe.loads(stored)
         if data_dir is not None:
             used = recipe.with_values(used, {"data.data_dir": data_dir})
         calibration, real = some_images(used, config)
+        known = calibration if real else None
         try:
             split = session.open_split(used, used.data.val_split, config["input_size"][0])
-            real = real and not isinstance(split, IterableDataset)
+            listed = not isinstance(split, IterableDataset)
         except (InputError, UsageError):
-            real = False
-        if real:
+            listed = False
+        if real and listed:
             chosen = spread(len(split), min(most, len(split)), 0)
             _, transform = transforms.build_transforms(config)
             part = Subset(split, sorted(int(k) for k in chosen))
             loader = data.eval_loader(part, transform, batch_size=64, workers=0)
             return Material(calibration, loader, few), f"tried on {len(part)} images of split {used.data.val_split!r}"
-    if data_dir is not None:
+    if data_dir is not None and known is None:
         raise InputError("holds none of the images that the run was made with", where=data_dir,
                          fix="give the folder that was its --data-dir")  # fmt: skip
     few = min(few, 256)
-    return Material([_noise(config, 0, 64)], list(_noisy(config, few)), few), \
-        "the run's images are not at hand: ranges and trial from noise"  # fmt: skip
+    words = "the run's images are not at hand: ranges and trial from noise" if known is None else \
+        "its validation images are not at hand: ranges from training images, tried on noise"  # fmt: skip
+    return Material(known or [_noise(config, 0, 64)], list(_noisy(config, few)), few, real=known is not None), words
 
 
 def _noise(config: dict[str, Any], seed: int, count: int) -> Tensor:

@@ -39,7 +39,7 @@ def use(wanted: bool, device: str | None = None) -> bool:
             _compiled["lookup"](torch.zeros(64, device=where), torch.arange(4.0, device=where), torch.arange(3.0, device=where))
             _active = True
         except Exception as reason:  # torch raises many types here, of which none is public
-            log.warning("quantizers run uncompiled, which is slower: %s", str(reason).strip().splitlines()[0])
+            log.warning("quantizers run uncompiled, which is slower: %s", (str(reason).strip() or repr(reason)).splitlines()[0])
     return _active
 
 

@@ -28,11 +28,13 @@ def limits(spec: QuantSpec) -> tuple[int, int]:
 
     Weights are int8, inputs uint8, with a zero point of 128 where they are signed. On x86 processors
     without VNNI the usual kernels add two products in 16 bits and saturate; they cannot where inputs
-    are held to 127, which `highest` of the functions below is for.
+    end at 127, so those without negatives do where that leaves two integers per level or more.
     """
     if spec.role == "weight":
         return SIGNED_WEIGHTS if spec.bits < 8 else (-128, 127)  # 256 levels take all there is
-    return (-ZERO_POINT, 255 - ZERO_POINT) if spec.signed else (0, 255)
+    if spec.signed:
+        return -ZERO_POINT, 255 - ZERO_POINT
+    return 0, 127 if spec.bits <= 6 else 255
 
 
 def extent(levels: Tensor) -> Tensor:

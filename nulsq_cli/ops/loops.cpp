@@ -112,7 +112,7 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
     blocks(rows, cols, threads, [=, &sums](int64_t row, int64_t first, int64_t n, int64_t b) {
         const Table<K> table(l + row * count, nullptr, count);
         const vec bottom = table.levels[0], top = all(l[row * count + count - 1]);
-        vec beyond[K] = {}, low = {}, high = {};  // beyond[k]: of what lies above level k, so that a level costs one comparison
+        vec beyond[K] = {}, low = {}, high = {};  // beyond[k]: of what lies above level k, so that a level costs one comparison; a gap is a difference
         over<4>(g + first, x + first, dx + first, n, l[row * count], [&](const vec *gv, const vec *v, vec *out) {
             vec pull[4];
             for (int w = 0; w < 4; ++w) pull[w] = table.levels[0];

@@ -72,6 +72,22 @@ def test_two_products_fit_16_bits_unless_the_weight_is_stored_wide(steps, top, d
     assert bool((value[gain == 0] == 0).all()) and int(w.integer().min()) >= -128 and int(w.integer().max()) <= 127
 
 
+def test_a_bias_beyond_32_bits_stays_what_it_is_and_switches_its_channel_off():
+    gain = torch.tensor([1.0, 1e-8, -1e-8, 0.5, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    levels = torch.tensor([-0.2, -0.05, 0.0, 0.1])
+    artifact = Packed(levels.abs().sort().values, codebook.midpoints(levels.abs().sort().values), levels, bits=2)
+    site = Site(None, "a", gain, torch.zeros(8))
+    x = grids.inputs(artifact, site, "where", 7)
+    w = grids.weights(artifact, site, x.top, 7)
+    bias = torch.tensor([0.3, 0.5, -0.7, 0.0, 1e-6, -2.0, 9.0, 0.1])
+    roomy = grids.with_room(w, bias, x)
+    assert (roomy.sign == 0).tolist() == [False, True, True, False, False, False, False, True]
+    whole = (bias.double() / (roomy.scale.double() * x.scale)).round()
+    assert whole.abs().max() <= 2**31 - 1 - int(roomy.integer().abs().flatten(1).sum(1).max()) * x.top
+    torch.testing.assert_close((whole * roomy.scale.double() * x.scale).float(), bias, rtol=1e-6, atol=1e-5)
+    assert grids.with_room(w, None, x) is w and torch.equal(roomy.scale[[0, 3]], w.scale[[0, 3]])
+
+
 def test_256_even_levels_keep_all_their_integers():
     levels = (torch.arange(256) - 128).float() * 0.02
     artifact = Packed(weights=levels, bits=8)

@@ -59,8 +59,8 @@ def test_frozen_batchnorm_keeps_its_statistics_and_others_move(tmp_path):
 def test_clipping_holds_the_weights_back_and_not_the_steps(tmp_path):
     states = []
     for epochs in (0, 1):
-        nulsq_cli.finetune("quickstart", *FAST, f"schedule.epochs={epochs}", "optimizer.clip_grad=1e-7", "optimizer.weights.weight_decay=0",
-                           output=tmp_path / str(epochs))  # fmt: skip
+        nulsq_cli.finetune("quickstart", *FAST, f"schedule.epochs={epochs}", "optimizer.clip_grad=1e-7",
+                           "optimizer.weights.weight_decay=0", output=tmp_path / str(epochs))  # fmt: skip
         states.append(checkpoint.load(tmp_path / str(epochs) / "checkpoints/last.safetensors")[0]["model"])
     moved = {name: float((states[1][name] - value).abs().max()) for name, value in states[0].items() if value.is_floating_point()}
     assert 0 < moved["layer1.0.conv1.weight"] < 1e-5 and 0 < moved["bn1.weight"] < 1e-5
