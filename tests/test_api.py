@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import nulsq_cli
-from nulsq_cli.errors import InputError, UsageError
+from nulsq_cli import artifact
+from nulsq_cli.errors import CheckFailedError, InputError, UsageError
 from nulsq_cli.layers import quantizers
 from nulsq_cli.models import create_float_model
 
@@ -46,12 +47,24 @@ def test_quantize_says_what_it_needs(batches):
         nulsq_cli.quantize(create_float_model("resnet8_cifar"), batches)
 
 
-def test_finetune_and_load_from_python(tmp_path):
+def test_finetune_load_and_export_from_python(tmp_path, monkeypatch):
     result = nulsq_cli.finetune("quickstart", "schedule.epochs=0", "quant.calibration.samples=64", output=tmp_path / "r")
     assert nulsq_cli.load(result["artifact"])(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     assert nulsq_cli.export(tmp_path / "r", tmp_path / "x.safetensors")["verified"]["max_abs_diff"] == 0
     with pytest.raises(InputError, match="does not exist"):
         nulsq_cli.load(tmp_path / "nothing")
+    real = artifact.load
+
+    def another_level(path):
+        model, read = real(path)
+        weight = model.layer1[0].conv1.weight.data
+        weight[weight == weight.max()] += 1
+        return model, read
+
+    monkeypatch.setattr(artifact, "load", another_level)
+    with pytest.raises(CheckFailedError, match="differs from the run") as error:
+        nulsq_cli.export(tmp_path / "r", tmp_path / "y.safetensors")
+    assert error.value.exit_code == 5 and not (tmp_path / "y.safetensors").exists()
 
 
 def test_importing_the_package_loads_no_torch():

@@ -71,6 +71,11 @@ def export(
     from nulsq_cli.exporters import EXPORTERS
 
     pick(EXPORTERS, to, "export target")
+    if run.is_file() and run.suffix == ".onnx":
+        raise UsageError("is an exported file already", where=run, fix="name the run, or its export/model.safetensors")
+    if run.is_file() and to == "safetensors":
+        raise UsageError("is a packed file already, or none; --to safetensors packs a run", where=run,
+                         fix="name a run folder, or choose another --to")  # fmt: skip
     from nulsq_cli import jobs
 
     show = Show(as_json=as_json, quiet=quiet, color=not no_color)
@@ -79,14 +84,18 @@ def export(
 
         found = jobs.export_for_runtime(str(run), to, output, grid=grid, act=act, reach=reach, data_dir=data_dir,
                                         samples=samples, rounds=rounds if latency else 0, show=show)  # fmt: skip
-        show_export(found, show)
+        with show.outcome():
+            show_export(found, show)
         show.result(found)
         return
     result = jobs.export(run, output, show=show)
-    show.table("", ["", "size"], [
-        ["float model", size(result["float_bytes"])], ["packed file", size(result["bytes"])],
-        ["weight codes", size(result["packed_weight_bytes"])], ["ideal", size(result["ideal_weight_bytes"])],
-    ], right={1})  # fmt: skip
+    with show.outcome() as alone:
+        show.table("", ["", "size"], [
+            ["float model", size(result["float_bytes"])], ["packed file", size(result["bytes"])],
+            ["weight codes", size(result["packed_weight_bytes"])], ["ideal", size(result["ideal_weight_bytes"])],
+        ], right={1})  # fmt: skip
+        if alone:
+            show.say(f"  {result['path']}")
     show.result(result)
 
 
@@ -129,38 +138,38 @@ def ls(
     if what == "recipes":
         from nulsq_cli import recipe
 
-        _listing(show, ["recipe", "what it is for"], [list(pair) for pair in recipe.shipped()])
+        _listing(show, what, ["recipe", "what it is for"], [list(pair) for pair in recipe.shipped()])
     elif what == "methods":
         from nulsq_cli.methods import METHODS
 
-        _listing(show, ["method", "weights", "activations", "idea"], [
+        _listing(show, what, ["method", "weights", "activations", "idea"], [
             [name, m.weights.split(":")[1], m.activations.split(":")[1], m.idea] for name, m in METHODS.items()
         ])  # fmt: skip
     elif what == "stabilizers":
         from nulsq_cli.stabilizers import STABILIZERS
 
-        _listing(show, ["stabilizer", "idea", "options"], [
+        _listing(show, what, ["stabilizer", "idea", "options"], [
             [name, line.idea, ", ".join(f"{k}={v}" for k, v in line.options.items())] for name, line in STABILIZERS.items()
         ])  # fmt: skip
     elif what == "schemes":
         from nulsq_cli.schemes import SCHEMES
 
-        _listing(show, ["scheme", "teacher", "idea"], [
+        _listing(show, what, ["scheme", "teacher", "idea"], [
             [name, "needed" if s.needs_teacher else "none", s.idea] for name, s in SCHEMES.items()
         ])  # fmt: skip
     elif what == "models":
         from nulsq_cli import jobs
 
-        _listing(show, ["model"], [[name] for name in jobs.models(pattern)])
+        _listing(show, what, ["model"], [[name] for name in jobs.models(pattern)])
     elif what == "runs":
-        _listing(show, ["run", "model", "bits", "method", "top-1 %", "epoch"], _runs(Path(pattern or "output")))
+        _listing(show, what, ["run", "model", "bits", "method", "top-1 %", "epoch"], _runs(Path(pattern or "output")))
     else:
         raise UsageError(f"cannot list {what!r}", fix="choose from recipes, models, methods, stabilizers, schemes, runs")
 
 
-def _listing(show: Show, columns: list[str], rows: list[list[str]]) -> None:
+def _listing(show: Show, what: str, columns: list[str], rows: list[list[str]]) -> None:
     show.table("", columns, rows)
-    show.result([dict(zip(columns, row, strict=True)) for row in rows])
+    show.result({what: [dict(zip(columns, row, strict=True)) for row in rows]})
 
 
 def _runs(folder: Path) -> list[list[str]]:

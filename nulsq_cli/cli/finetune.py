@@ -13,7 +13,7 @@ import typer
 from nulsq_cli.cli.everywhere import SEVERAL, Json, NoColor, Quiet, numbers
 from nulsq_cli.cli.launch import inside_a_launch, launch
 from nulsq_cli.cli.show import Show
-from nulsq_cli.errors import UsageError
+from nulsq_cli.errors import InputError, UsageError
 
 # (flag, recipe key, type, help): timm's spelling wherever timm has the flag.
 FLAGS: list[tuple[str, str, Any, str]] = [
@@ -45,17 +45,24 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--workers,-j", "data.workers", int, "Loader processes."),
     ("--pin-mem", "data.pin_mem", bool, "Pin memory in the loader."),
     ("--hflip", "data.augment.hflip", float, "Chance of a horizontal flip."),
+    ("--vflip", "data.augment.vflip", float, "Chance of a vertical flip."),
+    ("--train-interpolation", "data.augment.train_interpolation", str, "Interpolation of training images, or random."),
     ("--color-jitter", "data.augment.color_jitter", float, "Strength of colour jitter."),
     ("--aa", "data.augment.aa", str, "timm's AutoAugment policy."),
     ("--reprob", "data.augment.reprob", float, "Chance of random erasing."),
     ("--mixup", "data.augment.mixup", float, "Mixup alpha."),
     ("--cutmix", "data.augment.cutmix", float, "CutMix alpha."),
+    ("--mixup-prob", "data.augment.mixup_prob", float, "Chance of either."),
+    ("--mixup-switch-prob", "data.augment.mixup_switch_prob", float, "Chance of CutMix where both are on."),
+    ("--mixup-mode", "data.augment.mixup_mode", str, "batch, pair or elem."),
+    ("--mixup-off-epoch", "data.augment.mixup_off_epoch", int, "No mixup from this epoch on; 0: always."),
     ("--smoothing", "data.augment.smoothing", float, "Label smoothing."),
     ("--no-aug", "data.augment.no_aug", bool, "No augmentation."),
     ("--opt", "optimizer.weights.opt", str, "timm optimizer of the weights; timm's `sgd` is Nesterov, `momentum` is not."),
     ("--lr", "optimizer.weights.lr", float, "Learning rate of the weights."),
     ("--weight-decay", "optimizer.weights.weight_decay", float, "Weight decay of the weights."),
     ("--momentum", "optimizer.weights.momentum", float, "Momentum of the weights."),
+    ("--layer-decay", "optimizer.weights.layer_decay", float, "Factor of the rate from layer to layer, last to first."),
     ("--steps-opt", "optimizer.steps.opt", str, "timm optimizer of the steps."),
     ("--steps-lr", "optimizer.steps.lr", float, "Learning rate of the steps."),
     ("--steps-wd", "optimizer.steps.weight_decay", float, "Weight decay of the steps."),
@@ -68,15 +75,18 @@ FLAGS: list[tuple[str, str, Any, str]] = [
     ("--min-lr", "schedule.min_lr", float, "Rate at the end."),
     ("--model-ema", "ema.enabled", bool, "Average weights and steps, and export the average."),
     ("--model-ema-decay", "ema.decay", float, "Decay of the average."),
+    ("--model-ema-warmup", "ema.warmup", bool, "Let the decay of the average grow."),
     ("--kd-model-name", "teacher.name", str, "Distill from a timm model, or from `self`, the float model."),
     ("--scheme", "scheme.name", str, "plain, kd, qkd or profit: `nulsq ls schemes`."),
     ("--kd-temperature", "teacher.temperature", float, "Temperature of the distillation."),
     ("--distill-loss-weight", "teacher.weight", float, "Weight of the distillation loss."),
     ("--task-loss-weight", "teacher.task_weight", float, "Weight of the loss on labels."),
+    ("--amp", "amp", bool, "Autocast, to bfloat16 unless --amp-dtype says otherwise."),
     ("--amp-dtype", "engine.amp", str, "Autocast to bfloat16 or float16."),
     ("--grad-accum-steps", "engine.grad_accum_steps", int, "Batches per update."),
     ("--sync-bn", "engine.sync_bn", bool, "BatchNorm over the batches of all processes (GPUs only)."),
     ("--dist-bn", "engine.dist_bn", str, "What running statistics become after an epoch: reduce, broadcast or none."),
+    ("--torchcompile", "torchcompile", bool, "Compile the whole network."),
     ("--channels-last", "engine.channels_last", bool, "NHWC memory: convolutions are often faster."),
     ("--device", "engine.device", str, "cpu, cuda ... (default: auto)."),
     ("--seed", "seed", int, "Seed of everything random."),
@@ -123,12 +133,13 @@ def with_flags(command: Callable[..., None], leave_out: Collection[str] = ()) ->
 
 _PANELS = {
     "model": "Model", "quant": "Quantization", "data": "Data", "optimizer": "Optimizers", "schedule": "Schedule",
-    "teacher": "Distillation", "scheme": "Distillation", "ema": "Engine", "engine": "Engine",
+    "teacher": "Distillation", "scheme": "Distillation", "ema": "Engine", "engine": "Engine", "amp": "Engine",
+    "torchcompile": "Engine",
 }  # fmt: skip
 
 
-def read(items: list[str] | None, given: dict[str, tuple[str, Any]]) -> Any:
-    """The recipe that the arguments name, with their changes."""
+def read(items: list[str] | None, given: dict[str, tuple[str, Any]], resume: str | None = None) -> Any:
+    """The recipe that the arguments name, else that of the run in `resume`, with their changes."""
     from nulsq_cli import recipe
 
     items = items or []
@@ -137,6 +148,10 @@ def read(items: list[str] | None, given: dict[str, tuple[str, Any]]) -> Any:
     for item in changes:
         if "=" not in item:
             raise UsageError(f"got a second recipe, {item!r}", fix="give one recipe, then key.path=value")
+    if name is None and resume not in (None, "auto"):
+        name = Path(resume) / "recipe.yaml"
+        if not name.exists():
+            raise InputError("holds no run to resume", where=resume, fix="see `nulsq ls runs`")
     if name is None:
         name = "imagenet" if "model.name" in given else "quickstart"
     if "quant.stabilizers" in given:
@@ -146,6 +161,13 @@ def read(items: list[str] | None, given: dict[str, tuple[str, Any]]) -> Any:
     if interval.endswith("m"):
         rest = {key: value for key, value in given.items() if key != "checkpoint.recovery_steps"}
         given = {**rest, "checkpoint.recovery_minutes": (flag, interval[:-1])}
+    given = dict(given)
+    flag, wanted = given.pop("amp", ("", None))
+    if wanted is not None:
+        given = {"engine.amp": (flag, "bfloat16"), **given} if wanted else {**given, "engine.amp": (flag, None)}
+    flag, wanted = given.pop("torchcompile", ("", None))
+    if wanted is not None:
+        given["engine.compile"] = (flag, "model" if wanted else "auto")
     if given.get("model.initial_checkpoint") and "model.pretrained" not in given:
         given = {**given, "model.pretrained": ("--initial-checkpoint", False)}
     return recipe.load(name, flags=given, overrides=changes)
@@ -156,7 +178,8 @@ def finetune(
     *,
     given: dict[str, tuple[str, Any]],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The run folder; a new one under output/.")] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="`auto` goes on with the run in -o; or a run folder.")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="A run folder to go on with, by its own recipe if none is "
+                                                                "named; `auto`: the one in -o.")] = None,
     no_export: Annotated[bool, typer.Option("--no-export", help="Do not write the packed file.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")] = False,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
@@ -164,12 +187,12 @@ def finetune(
     as_json: Json = False,
     quiet: Quiet = False,
     no_color: NoColor = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fine-tune a model to few bits, and leave a run with a packed, verified file.
 
     Without arguments: the quickstart, 1797 handwritten digits and a small network at 2 bits.
     """
-    wanted = read(items, given)
+    wanted = read(items, given, resume)
     if nproc_per_node > 1 and not inside_a_launch():
         raise typer.Exit(launch(sys.argv[1:], nproc_per_node))
     from nulsq_cli import jobs

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,15 +27,17 @@ class Show:
 
     Args:
         as_json: stdout belongs to one JSON object, so people read stderr.
-        quiet: only results and errors.
+        quiet: only results and errors: what is shown inside `outcome`.
         color: False forces plain text; `NO_COLOR` is honoured in any case.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False, color: bool = True) -> None:
         self.as_json, self.quiet = as_json, quiet
+        self.mute = False  # not even results: someone else shows them
         plain = not color or bool(os.environ.get("NO_COLOR"))
         self.console = Console(stderr=as_json, no_color=plain, highlight=False, soft_wrap=not sys.stdout.isatty())
         self.log: Path | None = None
+        self.before: list[str] = []  # what was shown before there was a log
         self.chosen_on = ""
         self.live: Progress | None = None
         self.task: TaskID | None = None
@@ -40,19 +45,43 @@ class Show:
     # ---- words ----------------------------------------------------------------------------------
 
     def log_to(self, path: Path) -> None:
-        """From now on keep a copy of all lines in this file."""
-        self.log = path
+        """Keep a copy of all lines in this file, also of those so far."""
+        self.log, before = path, self.before
+        self.before = []
+        for text in before:
+            append_line(path, text)
+
+    def _keep(self, text: str) -> None:
+        if self.log is None:
+            self.before.append(text)
+        else:
+            append_line(self.log, text)
+
+    @contextmanager
+    def outcome(self) -> Iterator[bool]:
+        """What is shown inside is the result of the command, which -q leaves; with --json that is the object alone.
+
+        Yields:
+            Whether nothing else is shown.
+        """
+        quiet = self.quiet
+        self.quiet = quiet and (self.mute or self.as_json)
+        try:
+            yield quiet
+        finally:
+            self.quiet = quiet
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line."""
         if not self.quiet:
             (self.live.console if self.live else self.console).print(text, style=style, markup=False)
-        if self.log is not None:
-            append_line(self.log, text)
+        self._keep(text)
 
     def silent(self) -> Show:
         """For one run of many: it writes its own log, and of all of them people want the results."""
-        return Show(as_json=self.as_json, quiet=True)
+        other = Show(as_json=self.as_json, quiet=True)
+        other.mute = True
+        return other
 
     def heading(self, text: str) -> None:
         """Opens a stage of the run."""
@@ -69,17 +98,19 @@ class Show:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]], right: set[int] = frozenset()) -> None:
         """A table; on something that is no terminal the same, without colour and as wide as it needs."""
-        if self.quiet:
-            return
         table = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold", box=None,
                       pad_edge=False, padding=(0, 2, 0, 0))  # fmt: skip
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(escape, row))  # a name may hold brackets
-        wide = self.console if self.console.is_terminal else Console(
-            file=self.console.file, width=200, no_color=True, highlight=False)  # fmt: skip
-        wide.print(table)
+        copy = StringIO()
+        Console(file=copy, width=200, no_color=True, highlight=False).print(table)
+        if not self.quiet and self.console.is_terminal:
+            self.console.print(table)
+        elif not self.quiet:
+            self.console.file.write(copy.getvalue())
+        self._keep(copy.getvalue().rstrip("\n"))
 
     def plan(self, plan: dict[str, Any]) -> None:
         """The plan as a table and, below it, what it comes to."""
@@ -120,7 +151,8 @@ class Show:
             TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
             console=self.console, transient=True,
         )  # fmt: skip
-        self.task = self.live.add_task("epoch 1", total=epochs * batches, completed=done, numbers="")
+        now = done // max(batches, 1) + 1
+        self.task = self.live.add_task(f"epoch {now}/{epochs}", total=epochs * batches, completed=done, numbers="")
         self.epochs = epochs
         self.live.start()
 
@@ -139,7 +171,7 @@ class Show:
         numbers += f"  {images_per_second:.0f} images/s"
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=epoch * batches + batch, numbers=numbers,
-                             description=f"epoch {epoch + 1}/{self.epochs}")  # fmt: skip
+                             description=f"epoch {epoch + 1}/{self.epochs}  step {batch}/{batches}")  # fmt: skip
         elif batches > 100:
             self.say(f"  epoch {epoch + 1}, batch {batch}/{batches}: {numbers}")
 

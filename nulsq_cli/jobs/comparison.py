@@ -76,26 +76,10 @@ def _same_recipe(r: recipe.Recipe, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, r.to_yaml())
         return
-    before, now = (_settings(x) for x in (recipe.load(path), r))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UsageError(f"holds a comparison with another recipe, with {key} {before.get(key)!r}, not {now.get(key)!r}",
+    for key, (before, now) in recipe.differences(recipe.load(path), r).items():
+        if key not in VARIED:
+            raise UsageError(f"holds a comparison with another recipe, with {key} {before!r}, not {now!r}",
                              where=folder, fix="choose another folder with -o")  # fmt: skip
-
-
-def _settings(r: recipe.Recipe) -> dict[str, Any]:
-    """Dotted key -> value of all that one comparison keeps the same."""
-    found: dict[str, Any] = {}
-
-    def walk(value: Any, at: str) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(inner, f"{at}.{key}" if at else key)
-        elif at not in VARIED:
-            found[at] = value
-
-    walk(r.model_dump(mode="json", exclude={"description", "published", "measured"}), "")
-    return found
 
 
 def _report(r: recipe.Recipe, matrix: Matrix, results: list[dict[str, Any]], folder: Path, show: Any) -> dict[str, Any]:
@@ -111,8 +95,9 @@ def _report(r: recipe.Recipe, matrix: Matrix, results: list[dict[str, Any]], fol
         f"mean ± standard deviation over {len(matrix.seeds)} seeds" if len(matrix.seeds) > 1 else f"one seed ({matrix.seeds[0]})",
     ]
     columns, table = comparison.rows(cells)
-    show.table(title, columns, table)
-    show.say("  " + "".join(notes) + "; * best of its column")
+    with show.outcome():
+        show.table(title, columns, table)
+        show.say("  " + "".join(notes) + "; * best of its column")
     page = comparison.markdown(cells, title, ["".join(notes) + "; * best of its column."])
     write_text(folder / "compare.md", page)
     result = {"folder": str(folder), "model": r.model.name, "epochs": r.schedule.epochs, "seeds": list(matrix.seeds),

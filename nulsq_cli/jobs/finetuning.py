@@ -19,7 +19,7 @@ from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.files import make_folder, read_json, remove_leftovers, write_atomically, write_json, write_text
 from nulsq_cli.jobs.environment import environment
 from nulsq_cli.jobs.quantizing import quantize, same_run
-from nulsq_cli.jobs.stretches import Stretch, check_training, hold_still, stretches
+from nulsq_cli.jobs.stretches import Stretch, check_training, hold_still, short_warmup, stretches
 from nulsq_cli.jobs.stretches import trainer as stretch_trainer
 from nulsq_cli.jobs.targets import check_top1, export
 from nulsq_cli.models import create_float_model
@@ -48,7 +48,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     world = join(r.engine.device)
     torch.use_deterministic_algorithms(r.engine.deterministic)
     if not world.primary:
-        show.quiet, show.as_json = True, False
+        show.quiet, show.mute, show.as_json = True, True, False
     folder = world.share(_run_folder(r, folder, resume))
     if r.engine.sync_bn and world.size > 1 and world.device.type == "cpu":
         raise UsageError("engine.sync_bn: torch synchronizes BatchNorm on GPUs only", fix="leave out --sync-bn")
@@ -124,6 +124,8 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
     if epochs:
         show.heading(f"Fine-tuning for {epochs} epochs" + (f", {r.scheme_name}" if r.scheme_name != "plain" else ""))
         show.chosen_on = "held-out " if splits.held is not None else ""
+        if (sentence := short_warmup(r, way)) is not None:
+            show.say(sentence, "yellow")
     for number, stretch in enumerate(way):
         if number < at:
             continue
@@ -141,6 +143,7 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
         trainer = stretch_trainer(r, stretch, now, teacher, splits, config, world, folder, show)
         if here:
             trainer.restore(here)
+            _keep_changes(r, folder, world, show)
             trainer.watcher.write(trainer.progress.rows)  # whatever was killed between the checkpoint and the logs
             show.say(f"  resumed from {here.path.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
         else:
@@ -197,6 +200,18 @@ def _run_folder(r: recipe.Recipe, folder: Path | None, resume: str | None) -> Pa
     if folder.exists() and not folder.is_dir():
         raise InputError("is not a folder", where=folder)
     return folder
+
+
+def _keep_changes(r: recipe.Recipe, folder: Path, world: World, show: Any) -> None:
+    """Say what a run that goes on does differently from now on; its recipe is what runs now."""
+    if not world.primary:
+        return
+    path = folder / "recipe.yaml"
+    changed = recipe.differences(recipe.load(path), r)
+    for key, (old, new) in changed.items():
+        show.say(f"  ! changed since the run began: {key}: {old} -> {new}", "yellow")
+    if changed:
+        write_text(path, r.to_yaml(), parents=False)
 
 
 def _choose_quantizer_speed(r: recipe.Recipe, splits: session.Splits, config: dict[str, Any], world: World, show: Any) -> None:
@@ -285,6 +300,18 @@ def _percent(score: Score) -> dict[str, float]:
 
 
 def _say_result(result: dict[str, Any], start: dict[str, Score], show: Any) -> None:
+    with show.outcome() as alone:
+        _say_scores(result, start, show)
+        if alone and result["artifact"]:
+            show.say(f"  {result['artifact']}")
+    if result["artifact"]:
+        show.heading("What next")
+        show.say(f"  nulsq eval {result['artifact']}")
+        show.say(f"  nulsq entropy {result['run']} -o {result['run']}")
+        show.say(f"  nulsq finetune --resume {result['run']}   # goes on if it was interrupted")
+
+
+def _say_scores(result: dict[str, Any], start: dict[str, Score], show: Any) -> None:
     samples = start["float"].samples
     show.score("float", result["float"]["top1"], result["float"]["top5"], samples)
     if str(result["bits"]) != "32/32":
@@ -293,8 +320,3 @@ def _say_result(result: dict[str, Any], start: dict[str, Score], show: Any) -> N
         show.score(f"{result['bits']} best, epoch {result['best']['epoch'] + 1}", result["best"]["top1"],
                    result["best"]["top5"], samples)  # fmt: skip
     show.say(f"  chosen on {result['chosen_on']} · seed {result['seed']} · {result['seconds']:.0f} s · {result['run']}")
-    if result["artifact"]:
-        show.heading("What next")
-        show.say(f"  nulsq eval {result['artifact']}")
-        show.say(f"  nulsq entropy {result['run']} -o {result['run']}")
-        show.say(f"  nulsq finetune ... --resume auto -o {result['run']}   # goes on if it was interrupted")

@@ -20,7 +20,7 @@ from nulsq_cli.schemes.instability import Instability, most_unstable
 from nulsq_cli.schemes.mutual import Both, MutualTask
 from nulsq_cli.training import data, transforms
 from nulsq_cli.training.engine import Settings, Trainer
-from nulsq_cli.training.optim import Pair
+from nulsq_cli.training.optim import Pair, warmup
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Bits, Phase
 
@@ -60,6 +60,15 @@ def stretches(r: recipe.Recipe) -> list[Stretch]:
         else:
             found.append(Stretch((phase,), found[-1].end if found else 0))
     return found or [Stretch((Phase("plain", 0, r.quant.bits),), 0)]
+
+
+def short_warmup(r: recipe.Recipe, way: list[Stretch]) -> str | None:
+    """A sentence where some training is too short for the recipe's warm-up."""
+    wanted = r.schedule.warmup_epochs
+    lengths = [length for s in way if (length := s.end - s.first) and warmup(wanted, length) < wanted]
+    if not lengths:
+        return None
+    return f"  ! warm-up takes {warmup(wanted, min(lengths))} epochs, not {wanted}: training has {min(lengths)}"
 
 
 class Lessons:

@@ -47,7 +47,8 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, run
     settle_threads(model, config["input_size"], used.data.batch_size)
     _, transform = transforms.build_transforms(config)
     score = session.score(model, split, transform, world, used)
-    show.score(target, score.top1, score.top5, score.samples)
+    with show.outcome():
+        show.score(target, score.top1, score.top5, score.samples)
     found = {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss, "samples": score.samples}
     return {**found, "runtime": runtime or "onnxruntime"} if kind == "onnx" else found
 
@@ -136,22 +137,27 @@ def entropy(targets: list[str], folder: Path | None, *, show: Any) -> dict[str, 
     found = []
     for target in targets:
         path = Path(target)
-        if session.kind_of(target) == "run":
+        kind = session.kind_of(target)
+        if kind == "onnx":
+            raise UsageError("is an exported file; entropy is that of runs and packed files", where=target,
+                             fix="name the run, or its export/model.safetensors")  # fmt: skip
+        if kind == "run":
             path = path / "export" / "model.safetensors"
             if not path.exists():
                 raise InputError("has no packed file yet", where=target, fix=f"run `nulsq export {target}`")
         found.append({**entropy_report.of_artifact(artifact.read(path)), "target": target})
-    for entry in found:
-        rows = [
-            [r["name"], r["tensor"], str(r["bits"]), f"{r['levels_used']}/{len(r['levels'])}", f"{r['entropy']:.3f}",
-             f"{100 * r['entropy'] / r['bits']:.0f} %"] for r in entry["layers"]
-        ]  # fmt: skip
-        show.table(f"{entry['target']}  {entry['bits']} {entry['method']}",
-                   ["layer", "tensor", "bits", "levels used", "entropy", "of its bits"], rows, right={2, 3, 4, 5})  # fmt: skip
-        for tensor in ("weight", "activation"):
-            mean = entry[f"mean_{tensor}_entropy"]
-            if mean is not None:
-                show.say(f"  mean {tensor} entropy {mean:.3f} bits (layers at {entry['bits']})")
+    with show.outcome():
+        for entry in found:
+            rows = [
+                [r["name"], r["tensor"], str(r["bits"]), f"{r['levels_used']}/{len(r['levels'])}", f"{r['entropy']:.3f}",
+                 f"{100 * r['entropy'] / r['bits']:.0f} %"] for r in entry["layers"]
+            ]  # fmt: skip
+            columns = ["layer", "tensor", "bits", "levels used", "entropy", "of its bits"]
+            show.table(f"{entry['target']}  {entry['bits']} {entry['method']}", columns, rows, right={2, 3, 4, 5})
+            for tensor in ("weight", "activation"):
+                mean = entry[f"mean_{tensor}_entropy"]
+                if mean is not None:
+                    show.say(f"  mean {tensor} entropy {mean:.3f} bits (layers at {entry['bits']})")
     result = {"targets": found}
     if folder is not None:
         write_json(folder / "entropy.json", result)
@@ -170,8 +176,9 @@ def plan(r: recipe.Recipe, *, show: Any) -> dict[str, Any]:
                                in_chans=m.in_chans, kwargs=m.kwargs)  # fmt: skip
     config = session.data_config(r, model)
     found = make_plan(model, session.policy(r), config["input_size"]).to_json()
-    show.heading(f"{session.float_info(model)['resolved']}, {r.quant.bits}, {r.quant.method}")
-    show.plan(found)
+    with show.outcome():
+        show.heading(f"{session.float_info(model)['resolved']}, {r.quant.bits}, {r.quant.method}")
+        show.plan(found)
     show.say("  the sign of inputs is that of a pass of noise; fine-tuning measures it on data")
     return found
 

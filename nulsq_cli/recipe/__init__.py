@@ -19,6 +19,7 @@ MOST_FILES = 64
 MOST_SHOWN, LONGEST = 40, 400
 """Complaints that are shown, and characters of each."""
 _NOT_INHERITED = ("published", "measured", "description")
+_TOLD = set(_NOT_INHERITED)
 
 
 def _folder() -> Path:
@@ -89,7 +90,16 @@ def origins(source: str | Path, *, flags: Mapping[str, tuple[str, Any]] | None =
     tree, complaints = _gather(source, flags or {}, overrides)
     resolved = _checked(tree, complaints).model_dump(mode="json")
     where = yaml_source.places(tree)
-    return {".".join(map(str, key)): where.get(key, "default") for key in _leaves(resolved)}
+    return {".".join(map(str, key)): where.get(key, "default") for key, _ in _leaves(resolved)}
+
+
+def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, now) of what two recipes do differently, not of what they say about themselves."""
+    old, new = (
+        {".".join(map(str, key)): value for key, value in _leaves(r.model_dump(mode="json", exclude=_TOLD))}
+        for r in (before, now)
+    )  # fmt: skip
+    return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
 
 
 def json_schema() -> dict[str, Any]:
@@ -102,14 +112,14 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def _leaves(value: Any, at: Key = ()) -> Iterator[Key]:
+def _leaves(value: Any, at: Key = ()) -> Iterator[tuple[Key, Any]]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = dict(enumerate(value))
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*at, key))
     else:
-        yield at
+        yield at, value
 
 
 def _gather(source: str | Path, flags: Mapping[str, tuple[str, Any]],
@@ -204,4 +214,4 @@ def _checked(tree: Node, complaints: list[str]) -> Recipe:
     return recipe
 
 
-__all__ = ["Recipe", "json_schema", "load", "loads", "origins", "recipe_path", "shipped", "with_values"]
+__all__ = ["Recipe", "differences", "json_schema", "load", "loads", "origins", "recipe_path", "shipped", "with_values"]

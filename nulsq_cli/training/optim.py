@@ -78,6 +78,11 @@ class Pair:
         return found["weights"], found.get("steps")
 
 
+def warmup(wanted: int, epochs: int) -> int:
+    """Epochs of warm-up: as many as are wanted, as long as one is left after it."""
+    return min(wanted, max(epochs - 1, 0))
+
+
 def _weight_groups(model: nn.Module, options: dict[str, Any], steps: dict[nn.Parameter, str]) -> list[dict[str, Any]]:
     if options.get("layer_decay"):
         groups = timm.optim.param_groups_layer_decay(model, options["weight_decay"], layer_decay=options["layer_decay"])
@@ -104,7 +109,7 @@ def _scheduler(optimizer: Optimizer, options: dict[str, Any], scale: float, epoc
     try:
         scheduler, _ = timm.scheduler.create_scheduler_v2(
             optimizer, sched=options["sched"], num_epochs=max(epochs, 1), min_lr=options["min_lr"] * scale,
-            warmup_lr=options["warmup_lr"] * scale, warmup_epochs=min(options["warmup_epochs"], max(epochs - 1, 0)),
+            warmup_lr=options["warmup_lr"] * scale, warmup_epochs=warmup(options["warmup_epochs"], epochs),
             step_on_epochs=False, updates_per_epoch=updates,
         )  # fmt: skip
     except (ValueError, AssertionError, NotImplementedError) as reason:

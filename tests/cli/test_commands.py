@@ -51,6 +51,8 @@ def test_eval_of_the_artifact_is_exactly_the_run(run):
     assert one["kind"] == "run" and two["kind"] == "artifact" and one["samples"] == 360
     assert {k: one[k] for k in ("top1", "top5", "loss")} == {k: two[k] for k in ("top1", "top5", "loss")}
     assert one["top1"] == result["best"]["top1"]
+    (line,) = nulsq("eval", folder, "-q").stdout.splitlines()
+    assert f"{one['top1']:.2f} %" in line and nulsq("eval", folder, "-q", "--json").stderr == ""
     refused("eval", folder, "--min-top1", "99.9", code=5, words="below the 99.9 %")
 
 
@@ -61,6 +63,10 @@ def test_export_again_gives_the_same_bytes_and_verifies(run, tmp_path):
     assert done["verified"]["max_abs_diff"] == 0 and done["verified"]["top1_agreement"] == 100
     assert done["bytes"] < done["float_bytes"] / 5
     refused("export", folder, "--to", "onyx", code=2, words="no export target")
+    refused("export", result["artifact"], code=2, words="is a packed file already")
+    (tmp_path / "x.onnx").write_bytes(b"x")
+    refused("export", tmp_path / "x.onnx", "--to", "onnx", code=2, words="is an exported file already")
+    refused("entropy", tmp_path / "x.onnx", code=2, words="entropy is that of runs and packed files")
 
 
 def test_entropy_of_two_targets(run, tmp_path):
@@ -74,7 +80,10 @@ def test_entropy_of_two_targets(run, tmp_path):
 
 def test_the_same_recipe_and_seed_give_the_same_artifact(run, tmp_path):
     folder, result, _ = run
-    nulsq("finetune", folder / "recipe.yaml", "-o", tmp_path / "again", "-q", fresh=True)
+    done = nulsq("finetune", folder / "recipe.yaml", "-o", tmp_path / "again", "-q", fresh=True)
+    lines = done.stdout.splitlines()
+    assert all(x.strip().startswith(y) for x, y in zip(lines, ("float ", "2/2 before training ", "2/2 best, "), strict=False))
+    assert lines[-1].strip() == str(tmp_path / "again/export/model.safetensors") and len(lines) == 5
     assert (tmp_path / "again/export/model.safetensors").read_bytes() == Path(result["artifact"]).read_bytes()
 
 
@@ -149,7 +158,7 @@ def test_bad_arguments_end_in_a_sentence(tmp_path):
                                             ("schemes", "profit")])  # fmt: skip
 def test_what_there_is_can_be_listed(what, name):
     assert name in nulsq("ls", what).stdout
-    assert name in [next(iter(row.values())) for row in json.loads(nulsq("ls", what, "--json").stdout)]
+    assert name in [next(iter(row.values())) for row in json.loads(nulsq("ls", what, "--json").stdout)[what]]
 
 
 def test_divergence_ends_with_4_and_keeps_the_checkpoint(tmp_path):
@@ -192,7 +201,7 @@ def test_the_small_commands(run, tmp_path):
     folder, _, _ = run
     assert "quickstart" in nulsq("ls", "recipes").stdout
     promised = {"nulsq-a", "nulsq-w", "nulsq-wa", "lsq", "pact", "dorefa", "apot", "lq-nets", "lcq", "uniq", "llsq", "ewgs"}
-    assert promised <= {m["method"] for m in json.loads(nulsq("ls", "methods", "--json").stdout)}
+    assert promised <= {m["method"] for m in json.loads(nulsq("ls", "methods", "--json").stdout)["methods"]}
     assert "resnet20_cifar" in nulsq("ls", "models", "cifar").stdout
     assert "2/2" in nulsq("ls", "runs", folder.parent).stdout
     nulsq("cp", "quickstart", tmp_path / "mine.yaml")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nulsq_cli
-from nulsq_cli import files
+from nulsq_cli import files, recipe
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.training import checkpoint
 from tests import processes
@@ -219,6 +219,19 @@ def test_logs_that_a_kill_swallowed_are_written_again(run, tmp_path):
     nulsq_cli.finetune("quickstart", *SHORT, output=folder, resume="auto")
     for name in ("metrics.jsonl", "summary.csv"):
         assert (folder / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so_and_keeps_them(run, tmp_path):
+    folder = tmp_path / "r"
+    shutil.copytree(run, folder)
+    nulsq_cli.finetune("quickstart", *SHORT, "optimizer.weights.lr=0.5", "log.interval=7", output=folder, resume="auto")
+    said = (folder / "train.log").read_text()
+    assert [line.split("began: ")[1] for line in said.splitlines() if "changed since the run began" in line] == [
+        "log.interval: 50 -> 7", "optimizer.weights.lr: 0.02 -> 0.5"]  # fmt: skip
+    now = recipe.load(folder / "recipe.yaml")
+    assert (now.optimizer.weights.lr, now.log.interval) == (0.5, 7)
+    assert recipe.differences(recipe.load(run / "recipe.yaml"), now).keys() == {"log.interval", "optimizer.weights.lr"}
+    assert "layer1.0.conv1" in said and said.startswith("● Model")  # the plan, and what was said before there was a folder
 
 
 def test_a_damaged_or_missing_best_is_not_replaced_by_something_else(run, tmp_path):
