@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import nulsq_cli
+from nulsq_cli import recipe
 from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.jobs.stretches import short_warmup, stretches
 from nulsq_cli.layers import quantizers
 from nulsq_cli.models import create_float_model
 from nulsq_cli.training import checkpoint
@@ -21,28 +23,57 @@ FAST = ("schedule.epochs=1", "data.hold_out=0.5", "quant.calibration.samples=128
 HERE = World(0, 1, torch.device("cpu"))
 
 
+def losses(folder, *changes):
+    """Of an epoch with these changes: of training, and of the model that is exported."""
+    result = nulsq_cli.finetune("quickstart", *FAST, *changes, output=folder)
+    assert result["best"]["top1"] > 50 and result["artifact"]
+    row = json.loads((folder / "metrics.jsonl").read_text())
+    assert row["train_loss"] < 2.5 and row["lr_steps"] is not None
+    return row["train_loss"], row["eval_loss"]
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    return losses(tmp_path_factory.mktemp("without") / "r")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        ["ema.enabled=true", "ema.decay=0.9"],
         ["engine.grad_accum_steps=3"],
         ["teacher.name=self", "teacher.temperature=2"],
-        ["data.augment.mixup=0.2", "data.augment.cutmix=0.5"],
-        ["data.augment.smoothing=0.1", "optimizer.clip_grad=1.0"],
+        ["teacher.name=nulsq/digits_resnet8"],
+        ["data.augment.mixup=0.2"],
+        ["data.augment.cutmix=0.5"],
+        ["data.augment.smoothing=0.1"],
         ["bn.freeze_after=0"],
         ["engine.amp=bfloat16"],
-        ["quant.granularity=channel", "quant.method=lsq"],
-        ["optimizer.weights.opt=adamw", "optimizer.weights.lr=0.001", "optimizer.weights.layer_decay=0.9"],
-        ["data.workers=2", "quant.method=nulsq-a"],
-        ["quant.options={grad_scale: lsq}", "quant.init.weights=nmse"],
+        ["quant.granularity=channel"],
+        ["optimizer.weights.layer_decay=0.5"],
+        ["quant.options={grad_scale: lsq}"],
+        ["quant.init.weights=nmse"],
     ],
     ids=lambda changes: changes[0],
 )
-def test_an_option_trains_and_its_file_is_the_run(tmp_path, changes):
-    result = nulsq_cli.finetune("quickstart", *FAST, *changes, output=tmp_path / "r")
-    assert result["best"]["top1"] > 50 and result["artifact"]
-    row = json.loads((tmp_path / "r/metrics.jsonl").read_text())
-    assert row["train_loss"] < 2.5 and row["lr_steps"] is not None
+def test_an_option_trains_in_another_way_and_its_file_is_the_run(tmp_path, without, changes):
+    found = losses(tmp_path / "r", *changes)
+    assert abs(found[0] - without[0]) > 1e-5, "the option changes nothing"
+
+
+def test_an_average_is_what_is_evaluated_and_changes_no_training(tmp_path, without):
+    found = losses(tmp_path / "r", "ema.enabled=true", "ema.decay=0.9")
+    assert found[0] == without[0] and abs(found[1] - without[1]) > 1e-5
+
+
+def test_loader_processes_change_nothing(tmp_path, without):
+    assert losses(tmp_path / "r", "data.workers=2") == without
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(5, None), (3, "2 epochs, not 3: training has 3"), (1, "0 epochs, not 3")])
+def test_a_warmup_that_does_not_fit_is_said(epochs, said):
+    r = recipe.load("quickstart", overrides=[f"schedule.epochs={epochs}", "schedule.warmup_epochs=3"])
+    sentence = short_warmup(r, stretches(r))
+    assert sentence is None if said is None else said in sentence
 
 
 def test_frozen_batchnorm_keeps_its_statistics_and_others_move(tmp_path):
