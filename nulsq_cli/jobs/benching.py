@@ -90,7 +90,8 @@ def bench(targets: Sequence[str], timing: Timing, *, show: Any) -> dict[str, Any
         for batch in timing.batches:
             show.heading(f"Batch {batch}, {timing.threads} thread{'s' * (timing.threads > 1)}, {timing.rounds} rounds")
             _time(entries, batch, timing.rounds)
-            _table(entries, batch, show)
+            with show.outcome():
+                _table(entries, batch, show)
     finally:
         torch.set_num_threads(threads)
     rows = [_row(entry, batch, entries) for batch in timing.batches for entry in entries]
