@@ -42,7 +42,7 @@ def quantize(r: recipe.Recipe, model: nn.Module, plan: Plan, splits: session.Spl
 
 
 def same_run(now: Plan, stored: Plan, r: recipe.Recipe, before: recipe.Recipe) -> None:
-    """A resumed run keeps its plan, its stabilizers and its phases; signs were measured, so they are the stored ones.
+    """A resumed run keeps its plan, its stabilizers and its phases; signs that were measured are the stored ones.
 
     Raises:
         UsageError: something of it differs; it says what.
@@ -54,6 +54,11 @@ def same_run(now: Plan, stored: Plan, r: recipe.Recipe, before: recipe.Recipe) -
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise UsageError(f"the run was made with another plan; it differs in {listed or 'the method options'}",
                          fix="resume with the bits, method, grid and rules of the run, or start a new one with -o")  # fmt: skip
+    declared = [(x.quant.signed, [(rule.match, rule.signed) for rule in x.quant.rules if rule.signed is not None])
+                for x in (before, r)]  # fmt: skip
+    if declared[0] != declared[1]:
+        raise UsageError("the run was made with other signs, in quant.signed or the rules",
+                         fix="resume with the quant.signed and quant.rules of the run, or start a new one with -o")  # fmt: skip
     if before.quant.stabilizers != r.quant.stabilizers:  # what they remember was counted under their options
         names = ", ".join(s.name for s in before.quant.stabilizers) or "none"
         raise UsageError(f"the run was made with other stabilizers, or other options of them ({names})",

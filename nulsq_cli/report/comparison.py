@@ -39,14 +39,16 @@ class Cell:
         """Standard deviation over seeds (n - 1); None below two seeds."""
         return stdev(self.top1) if len(self.top1) > 1 else None
 
-    def words(self) -> str:
-        """As it stands in a table."""
+    def words(self, count: bool = False) -> str:
+        """As it stands in a table; with the number of finished runs where that is not one everywhere."""
         if self.mean is None:
             text = "failed" if self.failed else "-"
         else:
             text = f"{self.mean:.2f}"
             if self.spread is not None:
                 text += f" ± {self.spread:.2f}"
+            if count:
+                text += f" (n={len(self.top1)})"
         return text if self.published is None else f"{text} (paper {self.published:.2f})"
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def rows(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
     methods, widths = (list(dict.fromkeys(getattr(c, key) for c in cells)) for key in ("method", "bits"))
     best = {bits: max((c.mean for c in cells if c.bits == bits and c.mean is not None), default=None) for bits in widths}
     by_place = {(c.method, c.bits): c for c in cells}
+    several = any(len(c.seeds) + len(c.failed) > 1 for c in cells)
     table = []
     for method in methods:
         line = [method]
@@ -89,7 +92,7 @@ def rows(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
             cell = by_place[method, bits]
             mark = " *" if cell.mean is not None and cell.mean == best[bits] and len(methods) > 1 else ""
             before = f"{mean(cell.init):.2f} → " if cell.init else ""
-            line.append(before + cell.words() + mark)
+            line.append(before + cell.words(several) + mark)
         table.append(line)
     return ["method", *widths], table
 

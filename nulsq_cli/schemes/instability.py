@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nulsq_cli.layers import QuantLayer, quant_layers
+from nulsq_cli.layers import QuantLayer, evaluating, quant_layers
+from nulsq_cli.ops import codebook
 
 MOMENTUM = 0.999
 LARGEST = 1.0
@@ -34,6 +35,20 @@ def divergence(before: Tensor, after: Tensor, channel: int) -> float | None:
     return float(((s0 / s1).log() + (s1.square() + (m1 - m0).square()) / (2 * s0.square()) - 0.5).mean())
 
 
+def by_tables(layer: QuantLayer, x: Tensor) -> Tensor:
+    """The layer's input as its tables have it; a quantizer in training would fit itself to x, or forget its gradient."""
+    if layer.input_quantizer is None:
+        return x
+    with evaluating(layer.input_quantizer):
+        return layer.quantized_input(x)
+
+
+def packed_weight(layer: QuantLayer) -> Tensor:
+    """The layer's weight as it would be packed, which changes nothing in its quantizer either."""
+    tables, codes = layer.weight_codes()
+    return codebook.decode(codes, tables.levels)
+
+
 class Instability(nn.Module):
     """Watches the training forwards of every layer with quantized weights; all it knows is in buffers.
 
@@ -48,7 +63,7 @@ class Instability(nn.Module):
         self.register_buffer("averages", torch.full((len(layers),), float("nan"), dtype=torch.float64))
         with torch.no_grad():
             for index, layer in enumerate(layers.values()):
-                self.register_buffer(f"weight_{index}", layer.quantized_weight().detach().clone())
+                self.register_buffer(f"weight_{index}", packed_weight(layer).clone())
         self._hooks = [layer.register_forward_hook(self._hook(index)) for index, layer in enumerate(layers.values())]
 
     def scores(self) -> dict[str, float]:
@@ -65,11 +80,11 @@ class Instability(nn.Module):
         def look(layer: QuantLayer, args: tuple[Tensor], output: Tensor) -> None:
             if not layer.training:
                 return
-            weight, before = layer.quantized_weight(), getattr(self, f"weight_{index}").clone()
+            weight, before = packed_weight(layer), getattr(self, f"weight_{index}").clone()
             getattr(self, f"weight_{index}").copy_(weight)
             if torch.equal(before, weight):
                 return
-            x = layer.quantized_input(args[0])
+            x = by_tables(layer, args[0])
             channel = 1 if isinstance(layer, nn.Conv2d) else output.ndim - 1
             found = divergence(layer.compute(x, before), layer.compute(x, weight), channel)
             if found is not None and found <= LARGEST:

@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 from nulsq_cli.errors import InputError
+from nulsq_cli.layers import quantizers
 from nulsq_cli.models import first_line
 from nulsq_cli.training import checkpoint
 from nulsq_cli.training.optim import Pair
@@ -97,6 +98,24 @@ def position(saved: checkpoint.Saved) -> Progress:
         raise misfit(saved.path, reason) from reason
 
 
+@torch.no_grad()
+def share_fitted(model: nn.Module, world: World, *, mean: bool) -> None:
+    """Make what quantizers measure or fit, and no optimizer moves, alike in all processes: LQ-Nets' basis, say.
+
+    Args:
+        model: a converted model; changed in place.
+        world: the processes.
+        mean: of all processes, else those of the first.
+    """
+    fitted = [b for q in quantizers(model).values() for b in q.buffers() if b.is_floating_point()]
+    if not fitted:
+        return
+    flat = torch.cat([b.double().flatten() for b in fitted])  # so that the mean of equal numbers is that number
+    flat = world.reduce(flat if mean or world.primary else torch.zeros_like(flat), "sum") / (world.size if mean else 1)
+    for buffer, values in zip(fitted, flat.split([b.numel() for b in fitted]), strict=True):
+        buffer.copy_(values.view_as(buffer))
+
+
 class State:
     """Model, average, optimizers, scaler and progress. Random draws are no state: the loop seeds every batch.
 
@@ -129,13 +148,19 @@ class State:
         return self.model if self.ema is None else self.ema.module
 
     def share_running_statistics(self, how: str) -> None:
-        """Make BatchNorm alike in all processes: it starts every batch as the first has it, then sees its own share.
+        """Make alike in all processes what follows their own images: BatchNorm, and tables that are fitted.
+
+        Both start every batch as the first process has them, then see their own share.
 
         Args:
-            how: `reduce` to the mean; `broadcast` the first process's, which every checkpoint holds; `none`.
+            how: `reduce` to the mean; `broadcast` the first process's, which every checkpoint holds; `none` leaves
+                BatchNorm as it is in each. Tables are then the first's: an evaluation is of one set of levels.
         """
         if self.world.size == 1:
             return
+        share_fitted(self.model, self.world, mean=how == "reduce")
+        if self.ema is not None:
+            share_fitted(self.ema.module, self.world, mean=False)
         if how != "none":
             distribute_bn(self.model, self.world.size, reduce=how == "reduce")
         if self.ema is not None:

@@ -30,8 +30,14 @@ def test_a_cell_has_mean_spread_and_seed_count_over_its_finished_runs():
 def test_the_table_says_before_after_spread_and_the_papers_figure_and_marks_the_best():
     columns, table = comparison.rows(cells())
     assert columns == ["method", "2/2", "4/4"]
-    assert table[0] == ["lsq", "30.50 → 61.00 ± 1.41 (paper 64.51)", "35.00 → 70.00 *"]
-    assert table[1] == ["nulsq-a", "32.00 → 64.00 *", "-"]
+    assert table[0] == ["lsq", "30.50 → 61.00 ± 1.41 (n=2) (paper 64.51)", "35.00 → 70.00 (n=1) *"]
+    assert table[1] == ["nulsq-a", "32.00 → 64.00 (n=1) *", "-"]
+
+
+def test_one_seed_everywhere_needs_no_count():
+    only = [r for r in RESULTS if r["seed"] == 1]
+    table = comparison.rows(comparison.gather(only, ["lsq", "nulsq-a"], ["2/2", "4/4"], {}))[1]
+    assert table == [["lsq", "30.00 → 60.00", "35.00 → 70.00 *"], ["nulsq-a", "32.00 → 64.00 *", "-"]]
 
 
 def test_markdown_lists_failures():

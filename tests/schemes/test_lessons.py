@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nulsq_cli.initializers import measure
 from nulsq_cli.jobs.stretches import hold_still
 from nulsq_cli.layers import QuantLinear
-from nulsq_cli.methods import make_quantizer
+from nulsq_cli.methods import METHODS, make_quantizer
 from nulsq_cli.schemes import instability, mutual
 from nulsq_cli.values import Bits, Phase, QuantSpec
 
@@ -71,6 +73,29 @@ def test_only_training_forwards_that_change_codes_are_measured():
     assert fresh.scores() == watch.scores()
     watch.close()
     assert instability.most_unstable({"a": 0.1, "b": 0.3, "c": 0.3}, 2 / 3) == ["b", "c"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_watching_changes_no_quantizer_and_no_penalty(method):
+    """LQ-Nets moves its basis in every training forward, and LLSQ's penalty is of the last one."""
+    found = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        sides = [make_quantizer(method, QuantSpec(3, role == "weight", role)) for role in ("weight", "activation")]
+        layer, x = QuantLinear(nn.Linear(6, 3), *sides), torch.randn(50, 6).relu()
+        for quantizer, tensor in zip(sides, (layer.weight, x), strict=True):
+            quantizer.initialize(measure(tensor.detach(), 1), "nmse")
+        model = nn.Sequential(layer).train()
+        watch = instability.Instability(model) if watched else None
+        for _ in range(3):
+            loss = model(x).square().sum()
+            for quantizer in sides:
+                loss = loss if quantizer.penalty() is None else loss + quantizer.penalty()
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            layer.weight.data[0, 0] = -layer.weight.data[0, 0].sign() * 0.5
+        assert watch is None or 0 < watch.scores()["0"] < 1
+        found.append([*model.state_dict().values(), loss.detach(), *(g for g in grads if g is not None)])
+    assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_what_a_phase_does_not_train_stands_still_and_steps_never_do():

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import nn
 
 from nulsq_cli.cli import launch
+from nulsq_cli.methods import make_quantizer
 from nulsq_cli.training import checkpoint
 from nulsq_cli.training.state import Progress, State, split_anew
 from nulsq_cli.training.world import join
+from nulsq_cli.values import QuantSpec
 from tests.processes import CONTEXT, ROOT, Process
 
 SMALL = ("finetune", "quickstart", "quant.calibration.samples=100", "bn.reestimate_samples=150", "--epochs", "1")
@@ -121,22 +123,30 @@ def share_statistics(variables, how, folder):
     norms = [nn.BatchNorm1d(1) for _ in range(3)]
     for norm in norms:
         norm.running_mean.fill_(1.0 + 2.0 * world.rank)
-    run = SimpleNamespace(world=world, model=norms[0], ema=SimpleNamespace(module=norms[1]), also={"teacher": norms[2]})
+    tables = [make_quantizer("lq-nets", QuantSpec(2, False)) for _ in range(2)]
+    for table in tables:
+        table.basis.mul_(1.0 + 2.0 * world.rank)
+    model, averaged = (nn.Sequential(norm, table) for norm, table in zip(norms, tables, strict=False))
+    run = SimpleNamespace(world=world, model=model, ema=SimpleNamespace(module=averaged), also={"teacher": norms[2]})
     State.share_running_statistics(run, how)
     world.leave()
-    (folder / str(world.rank)).write_text(json.dumps([norm.running_mean.item() for norm in norms]))
+    found = [norm.running_mean.item() for norm in norms] + [table.basis[0].tolist() for table in tables]
+    (folder / str(world.rank)).write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(("how", "means"), [("reduce", [2, 2]), ("broadcast", [1, 1]), ("none", [1, 3])])
 def test_running_statistics_become_the_mean_of_all_processes_or_those_of_the_first(tmp_path, how, means):
-    """Those of the averaged model are always those of the first, which is what its checkpoint holds; a teacher's never differ."""
+    """Those of the averaged model are always those of the first, which is what its checkpoint holds; a teacher's never differ.
+
+    Nor do the tables that LQ-Nets fits to the images of each process: accuracies are of one set of levels.
+    """
     processes = [CONTEXT.Process(target=share_statistics, args=(place(rank, 2, tmp_path), how, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [
-        [mean, 1, 2 if how == "reduce" else 1] for mean in means
+        [mean, 1, 2 if how == "reduce" else 1, [2, 4] if how == "reduce" else [1, 2], [1, 2]] for mean in means
     ]
 
 
