@@ -29,7 +29,7 @@ from nulsq_cli.training.compiled import compile_whole
 from nulsq_cli.training.engine import Trainer
 from nulsq_cli.training.state import misfit, position
 from nulsq_cli.training.threads import settle_threads, threads_kept
-from nulsq_cli.training.world import World, join
+from nulsq_cli.training.world import World, compute_the_same, join
 from nulsq_cli.values import Score
 
 WORTH_COMPILING = 3e7
@@ -45,8 +45,8 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         NulsqError: any expected failure, by its own class.
     """
     started = time.monotonic()
+    compute_the_same(r.engine.deterministic)
     world = join(r.engine.device)
-    torch.use_deterministic_algorithms(r.engine.deterministic)
     if not world.primary:
         show.quiet, show.mute, show.as_json = True, True, False
     folder = world.share(_run_folder(r, folder, resume))

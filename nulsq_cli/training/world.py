@@ -79,6 +79,18 @@ class World:
             dist.destroy_process_group()
 
 
+def compute_the_same(always: bool) -> None:
+    """Let torch take only algorithms that compute the same every time, or any; before CUDA starts.
+
+    Args:
+        always: torch then raises where there is none. cuBLAS has some only with a workspace of fixed size, which
+            a variable says that it reads when it starts.
+    """
+    if always:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(always)
+
+
 def join(device: str = "auto") -> World:
     """Find the other processes by the variables that torchrun sets, and pick a device.
 

@@ -206,6 +206,28 @@ def test_cifar_10_is_read_as_torchvision_keeps_it(tmp_path, monkeypatch):
     assert class_names(val)[3] == "class 3"
 
 
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_changed_cifar_file_is_refused_before_it_is_unpickled(tmp_path, monkeypatch):
+    place, sprung = tmp_path / "cifar-10-batches-py", tmp_path / "sprung"
+    place.mkdir()
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"):
+        (place / name).write_bytes(pickle.dumps(Trap(sprung)))
+    text = error_of(InputError, "torch/cifar10", tmp_path, "train")
+    assert "could not be opened" in text and InputError.exit_code == 3 and not sprung.exists()
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    error_of(InputError, "torch/cifar10", tmp_path, "train")
+    assert sprung.exists(), "the trap does not work: the test says nothing"
+
+
 def test_a_hub_dataset_that_lies_here_is_read(folder, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
