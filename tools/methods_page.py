@@ -37,7 +37,7 @@ def text(docstring: str) -> tuple[str, list[str]]:
 
 def section(name: str) -> str:
     """One method."""
-    line, note = METHODS[name], NOTES[name]
+    line, note = METHODS[name], NOTES.get(name)
     classes = {side: quantizer_class(getattr(line, side)) for side in ("weights", "activations")}
     lines = [f"## {name}", "", f"{line.idea[0].upper()}{line.idea[1:]}.", ""]
     options: list[str] = []
@@ -50,7 +50,8 @@ def section(name: str) -> str:
         lines += [f"{who}{prose} *{source}*", ""]
         defaults = {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.default is not p.empty}
         options += [f"{item} Default: `{defaults[item.split('`')[1]]}`." for item in own if item.split("`")[1] in defaults]
-    lines += [f"- formula: {note.formula}", f"- gradient: {note.gradient}", f"- checked against: {note.checked}"]
+    if note is not None:
+        lines += [f"- formula: {note.formula}", f"- gradient: {note.gradient}", f"- checked against: {note.checked}"]
     lines += list(dict.fromkeys(options))
     limits = [f"weights of at most {line.largest_weights} bits"] * (line.largest_weights < 8)
     limits += [f"activations of at most {line.largest_activations} bits"] * (line.largest_activations < 8)

@@ -63,4 +63,4 @@ NOTES: dict[str, Note] = {
                 "dx = g·c/a inside; da = −g·c·x/a² inside; dc = g·y/c; both times the slope of their softplus",
                 "vectors computed by the authors' released code; with c tied to a equality with lsq"),
 }  # fmt: skip
-"""Method -> its note. The laws ask for one line per method."""
+"""Method -> its note; a method without one has a section without these lines."""

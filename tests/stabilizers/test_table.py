@@ -74,7 +74,7 @@ def test_the_flag_may_be_repeated_and_the_list_needs_no_torch():
            "atexit.register(lambda: print({'torch', 'timm'} & set(sys.modules), file=sys.stderr))\n" \
            "from nulsq_cli.cli import main; main()"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert [row["stabilizer"] for row in json.loads(done.stdout)] == list(STABILIZERS)
+    assert [row["stabilizer"] for row in json.loads(done.stdout)["stabilizers"]] == list(STABILIZERS)
     assert done.stderr.strip().endswith("set()")
 
     from typer.testing import CliRunner
