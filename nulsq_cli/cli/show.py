@@ -120,7 +120,7 @@ class Show:
                 "float" if p["method"] == "float" else f"{p['weight_bits']}/{p['input_bits']}",
                 "-" if p["signed"] is None or p["method"] == "float" else "signed" if p["signed"] else "unsigned",
                 p["granularity"] if p["method"] != "float" else "-", p["method"],
-                p["reason"] + ("" if p["input_learned"] else "; the images' step is not learned"),
+                p["reason"] + ("" if p["input_learned"] else "; image step fixed"),
             ]
             for p in plan["layers"]
         ]  # fmt: skip
