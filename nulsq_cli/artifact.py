@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nulsq_cli import header, tensorfile
-from nulsq_cli.errors import InputError
+from nulsq_cli.errors import InputError, first_line
 from nulsq_cli.files import write_atomically
 from nulsq_cli.layers import LAYERS, QuantLayer, quant_layers
 from nulsq_cli.methods.base import Quantizer, Table
-from nulsq_cli.models import first_line, rebuild
+from nulsq_cli.models import rebuild
 from nulsq_cli.ops import bits as packing
 from nulsq_cli.ops import codebook, integer
 from nulsq_cli.ops.integer import ZERO_POINT

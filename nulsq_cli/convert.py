@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nulsq_cli.errors import InputError, UsageError, suggest
+from nulsq_cli.errors import InputError, UsageError, first_line, suggest
 from nulsq_cli.layers import LAYERS, evaluating
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.methods.base import Quantizer
@@ -197,7 +197,7 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
             model(noise)
     except (RuntimeError, AssertionError, TypeError, ValueError) as reason:
         raise UsageError(
-            f"the model does not run on images of {tuple(input_size)}: {(str(reason) or type(reason).__name__).splitlines()[0]}",
+            f"the model does not run on images of {tuple(input_size)}: {first_line(reason)}",
             fix="give the size that it was made for with --input-size C H W",
         ) from reason
     finally:

@@ -85,3 +85,9 @@ def pick(table: Mapping[str, T], name: str, kind: str) -> T:
     if name in table:
         return table[name]
     raise UsageError(f"no {kind} called {name!r}", fix=suggest(name, table))
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

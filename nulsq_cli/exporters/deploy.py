@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq_cli.artifact import Artifact
-from nulsq_cli.errors import CheckFailedError, UsageError, pick
+from nulsq_cli.errors import CheckFailedError, UsageError, first_line, pick
 from nulsq_cli.exporters import EXPORTERS, layer_proof, runtimes
 from nulsq_cli.exporters.latency import compare, static_int8
 from nulsq_cli.exporters.lower import Network, Options, float_layers, lower
@@ -22,7 +22,6 @@ from nulsq_cli.exporters.proof import LEAST_SHARE, Trial
 from nulsq_cli.exporters.trace import Traced, trace
 from nulsq_cli.exporters.twin import Twin, settle
 from nulsq_cli.files import write_atomically
-from nulsq_cli.models import first_line
 
 OWN = {"onnx": (runtimes.OPTIMIZERS_ON, runtimes.OPTIMIZERS_OFF), "openvino": (runtimes.OPENVINO,)}
 """The ways to run a file in which it has to agree with its twin; any other runtime that is here is reported."""
@@ -121,12 +120,14 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
             doubts.append(f"latency was not measured: {first_line(reason)}")
     return {"path": str(path), "format": target, "bytes": written, "grid": options.grid, "act": options.act,
             "range": options.reach, "float_layers": float_layers(network) if options.grid == "int8" else list(network.by_path),
-            "wide_layers": wide_layers(network) if options.grid == "int8" else [], "verified": verified, "latency": timed,
+            "wide_layers": wide_layers(network), "verified": verified, "latency": timed,
             "images": "real" if material.real else "noise", "doubts": doubts}  # fmt: skip
 
 
 def wide_layers(network: Network) -> list[str]:
     """The layers whose weights are uint8, so that they stay exact without VNNI; OpenVINO computes these in float."""
+    if network.options.grid != "int8":
+        return []
     return [x.site.layer for x in network.layers.values() if x.integer and x.weights.offset]
 
 
@@ -168,23 +169,35 @@ def _trial(target: str, file: Path, path: Path, few: int, layers: int) -> tuple[
     """The ways to run a file, the target's own first; which share of its layers each computes in integers; who refuses it."""
     runs: dict[str, runtimes.Run] = {}
     shares, doubts = {}, []
-    try:
-        if target == "onnx":
-            runs = {runtimes.OPTIMIZERS_ON: runtimes.onnxruntime(file),
-                    runtimes.OPTIMIZERS_OFF: runtimes.onnxruntime(file, optimized=False)}  # fmt: skip
-            shares[runtimes.OPTIMIZERS_ON] = runtimes.integer_layers_of_onnxruntime(file) / layers
-        if runtimes.here("openvino"):
-            runs[runtimes.OPENVINO], compiled = runtimes.openvino(file)
-            shares[runtimes.OPENVINO] = runtimes.integer_layers_of_openvino(compiled) / layers
-    except Exception as reason:  # each runtime has classes of its own
-        if len(runs) < len(OWN[target]):
-            raise CheckFailedError(
-                f"{target} does not take the file: {first_line(reason)}", where=path,
-                fix="nothing was written; try --grid float, which has ordinary operators only",
-            ) from reason  # fmt: skip
-        doubts.append(f"OpenVINO does not take it: {first_line(reason)}")
+    engines = [_in_onnxruntime] * (target == "onnx") + [_in_openvino] * runtimes.here("openvino")
+    for engine in engines:
+        try:
+            found, whole = engine(file)
+        except Exception as reason:  # each runtime has classes of its own
+            if engine is engines[0]:
+                raise CheckFailedError(
+                    f"{target} does not take the file: {first_line(reason)}", where=path,
+                    fix="nothing was written; try --grid float, which has ordinary operators only",
+                ) from reason  # fmt: skip
+            doubts.append(f"OpenVINO does not take it: {first_line(reason)}")
+        else:
+            runs |= found
+            shares[next(iter(found))] = whole / layers
     slow = tuple(name for name in runs if name != next(iter(runs)))
     return Trial(runs, slow, few), shares, doubts
+
+
+def _in_onnxruntime(file: Path) -> tuple[dict[str, runtimes.Run], int]:
+    """Its ways to run a file, the usual one first, and how many layers that one computes in integers."""
+    runs = {runtimes.OPTIMIZERS_ON: runtimes.onnxruntime(file),
+            runtimes.OPTIMIZERS_OFF: runtimes.onnxruntime(file, optimized=False)}  # fmt: skip
+    return runs, runtimes.integer_layers_of_onnxruntime(file)
+
+
+def _in_openvino(file: Path) -> tuple[dict[str, runtimes.Run], int]:
+    """The same of OpenVINO."""
+    run, compiled = runtimes.openvino(file)
+    return {runtimes.OPENVINO: run}, runtimes.integer_layers_of_openvino(compiled)
 
 
 def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, material: Material,
@@ -205,10 +218,9 @@ def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, ma
 
 def warnings_of(result: dict[str, Any]) -> list[str]:
     """What a user has to know before using the file, one sentence each."""
-    found = []
+    found = list(result["doubts"])
     own = OWN[result["format"]][0]
     shares = result["verified"]["integer_layers"]
-    found += result["doubts"]
     if result["images"] == "noise":
         found.append("the run's images were not at hand: ranges come from noise; --data-dir names the folder of the images")
     if result["grid"] == "float":

@@ -11,12 +11,11 @@ import onnx
 from torch import Tensor, nn
 
 from nulsq_cli.artifact import Artifact
-from nulsq_cli.errors import InputError
+from nulsq_cli.errors import InputError, first_line
 from nulsq_cli.exporters import runtimes
 from nulsq_cli.exporters.lower import Options, lower
 from nulsq_cli.exporters.onnx_file import build, check_operators
 from nulsq_cli.exporters.trace import trace
-from nulsq_cli.models import first_line
 
 LARGEST_SIDE = 1 << 16
 

@@ -30,15 +30,6 @@ def here(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def has_vnni() -> bool | None:
-    """Whether this processor multiplies bytes without saturating, or None where it does not say."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    return "vnni" in flags if "flags" in flags else None
-
-
 def onnxruntime(content: bytes | Path, *, optimized: bool = True, threads: int = 0, dump: Path | None = None,
                 session: Mapping[str, Any] = SESSION) -> Run:  # fmt: skip
     """A session on the processor.

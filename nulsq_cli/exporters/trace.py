@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nulsq_cli.errors import UsageError
+from nulsq_cli.errors import UsageError, first_line
 from nulsq_cli.layers import quant_layers
-from nulsq_cli.models import first_line
 
 aten = torch.ops.aten
 INPUT = "image"

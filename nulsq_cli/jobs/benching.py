@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from nulsq_cli import artifact, exporters, session
 from nulsq_cli.errors import InputError
-from nulsq_cli.files import read_json
 from nulsq_cli.methods.base import standing_still
 from nulsq_cli.models import create_float_model
 
@@ -144,7 +143,7 @@ def _read(target: str, timing: Timing) -> tuple[str, Network, list[tuple[str, st
         model, packed = artifact.load(Path(target))
         return target, _network(target, packed.meta, packed.meta["arch_kwargs"]), [(kind, TORCH, model)]
     run = session.read_run(Path(target))
-    info = read_json(run.folder / "model.json")
+    info = run.info()
     meta = {"arch": info["architecture"], "num_classes": info["arguments"]["num_classes"], "data_cfg": info["data_cfg"]}
     return target, _network(target, meta, info["arguments"]), [(kind, TORCH, run.model())]
 

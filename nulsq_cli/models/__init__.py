@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from nulsq_cli.models.create import create_float_model, float_info, input_channels, list_models, resolved_name
 from nulsq_cli.models.rebuild import rebuild
-from nulsq_cli.models.weights import Weights, first_line, read_weights
+from nulsq_cli.models.weights import Weights, read_weights
 
 __all__ = [
     "Weights",
     "create_float_model",
-    "first_line",
     "float_info",
     "input_channels",
     "list_models",

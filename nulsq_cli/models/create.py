@@ -20,9 +20,9 @@ from timm.models import (
 )
 from torch import nn
 
-from nulsq_cli.errors import InputError, NulsqError, UsageError
+from nulsq_cli.errors import InputError, NulsqError, UsageError, first_line
 from nulsq_cli.models import cifar  # noqa: F401  puts our networks into timm's registry
-from nulsq_cli.models.weights import Weights, first_line, fit, read_weights
+from nulsq_cli.models.weights import Weights, fit, read_weights
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nulsq_cli.errors import InputError, NulsqError
+from nulsq_cli.errors import InputError, NulsqError, first_line
 from nulsq_cli.models.create import create_float_model
-from nulsq_cli.models.weights import first_line
 
 NOT_OURS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 """Arguments of timm's factory that read files or the network."""

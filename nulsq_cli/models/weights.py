@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nulsq_cli.errors import InputError
+from nulsq_cli.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -227,9 +227,3 @@ def _dtype(tensor: Tensor) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough for one of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from nulsq_cli.errors import first_line
 from nulsq_cli.ops import traced
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def use(wanted: bool, device: str | None = None) -> bool:
             _compiled["lookup"](torch.zeros(64, device=where), torch.arange(4.0, device=where), torch.arange(3.0, device=where))
             _active = True
         except Exception as reason:  # torch raises many types here, of which none is public
-            log.warning("quantizers run uncompiled, which is slower: %s", (str(reason).strip() or repr(reason)).splitlines()[0])
+            log.warning("quantizers run uncompiled, which is slower: %s", first_line(reason))
     return _active
 
 

@@ -44,7 +44,7 @@ template <class Step> static inline void over(const float *x, float *y, int64_t 
     }
 }
 
-// The same for step(g, x, dx), which takes WIDE vectors of each at a time: what it keeps in memory is then read once for all of them.
+// The same for step(g, x, dx), which takes WIDE vectors of each at a time: its own tables are then read once for all of them.
 template <int WIDE, class Step> static inline void over(const float *g, const float *x, float *dx, int64_t n, float filler, Step step) {
     vec gs[WIDE], xs[WIDE], out[WIDE];
     int64_t i = 0;
@@ -69,11 +69,11 @@ template <int K> struct Table {
         for (int k = 0; k < K; ++k) levels[k] = all(k < count ? l[k] : INF);
         for (int k = 0; k + 1 < K; ++k) cuts[k] = all(k + 1 >= count ? INF : t ? t[k] : (l[k] + l[k + 1]) / 2);
     }
-    inline vec nearest(vec x) const {
-        vec y = levels[0];
+    template <int WIDE> inline void nearest(const vec *x, vec *y) const {
+        for (int w = 0; w < WIDE; ++w) y[w] = levels[0];
 #pragma GCC unroll 16
-        for (int k = 0; k + 1 < K; ++k) y = x > cuts[k] ? levels[k + 1] : y;
-        return y;
+        for (int k = 0; k + 1 < K; ++k)
+            for (int w = 0; w < WIDE; ++w) y[w] = x[w] > cuts[k] ? levels[k + 1] : y[w];
     }
 };
 
@@ -81,7 +81,11 @@ template <int K>
 static void lookup_small(const float *x, float *y, int64_t rows, int64_t cols, const float *l, const float *t, int count, int threads) {
     blocks(rows, cols, threads, [=](int64_t row, int64_t first, int64_t n, int64_t) {
         const Table<K> table(l + row * count, t ? t + row * (count - 1) : nullptr, count);
-        over(x + first, y + first, n, [&](vec v) { return v == v ? table.nearest(v) : v; });
+        over(x + first, y + first, n, [&](vec v) {
+            vec near[1];
+            table.template nearest<1>(&v, near);
+            return v == v ? near[0] : v;
+        });
     });
 }
 
@@ -112,14 +116,13 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
     blocks(rows, cols, threads, [=, &sums](int64_t row, int64_t first, int64_t n, int64_t b) {
         const Table<K> table(l + row * count, nullptr, count);
         const vec bottom = table.levels[0], top = all(l[row * count + count - 1]);
-        vec beyond[K] = {}, low = {}, high = {};  // beyond[k]: of what lies above level k, so that a level costs one comparison; a gap is a difference
-        over<4>(g + first, x + first, dx + first, n, l[row * count], [&](const vec *gv, const vec *v, vec *out) {
-            vec pull[4];
-            for (int w = 0; w < 4; ++w) pull[w] = table.levels[0];
-#pragma GCC unroll 16
-            for (int k = 0; k + 1 < K; ++k)
-                for (int w = 0; w < 4; ++w) pull[w] = v[w] > table.cuts[k] ? table.levels[k + 1] : pull[w];
-            for (int w = 0; w < 4; ++w) {
+        // beyond[k]: of what lies above level k, so that a level costs one comparison; a gap's sum is a difference of two.
+        vec beyond[K] = {}, low = {}, high = {};
+        const int WIDE = 4;
+        over<WIDE>(g + first, x + first, dx + first, n, l[row * count], [&](const vec *gv, const vec *v, vec *out) {
+            vec pull[WIDE];
+            table.template nearest<WIDE>(v, pull);
+            for (int w = 0; w < WIDE; ++w) {
                 const mask under = v[w] < bottom, over_ = v[w] > top, inside = ~(under | over_);
                 low += where(under, gv[w]);
                 high += where(over_, gv[w]);
@@ -128,7 +131,7 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
             }
 #pragma GCC unroll 16
             for (int k = 0; k + 1 < K; ++k)
-                for (int w = 0; w < 4; ++w) beyond[k] += where(v[w] > table.levels[k], pull[w]);
+                for (int w = 0; w < WIDE; ++w) beyond[k] += where(v[w] > table.levels[k], pull[w]);
         });
         double *own = &sums[b * (K + 1)];
         for (int k = 0; k + 1 < K; ++k) own[k] = lanes(beyond[k]) - lanes(beyond[k + 1]);
@@ -199,7 +202,6 @@ void nulsq_grid_backward(const float *g, const float *x, float *dx, int64_t rows
         to_steps[row] = (float)total;
     }
 }
-
 
 void nulsq_around(const float *gaps, float *levels, int rows, int count, int negative) {
     for (int row = 0; row < rows; ++row, gaps += count, levels += count + 1) {

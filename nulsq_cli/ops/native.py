@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nulsq_cli.errors import InputError
+from nulsq_cli.errors import InputError, first_line
 from nulsq_cli.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
             write_atomically(built, _build)
         loaded = ctypes.CDLL(str(built))
     except (OSError, InputError, subprocess.SubprocessError, RuntimeError) as reason:
-        log.warning("quantizers run uncompiled, which is slower: %s", (str(reason).strip() or repr(reason)).splitlines()[0])
+        log.warning("quantizers run uncompiled, which is slower: %s", first_line(reason))
         return None
     data, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.nulsq_lookup.argtypes = [data, data, size, size, data, data, number, number]

@@ -14,8 +14,7 @@ from timm.data import create_dataset
 from timm.data.readers import get_img_extensions
 from torch.utils.data import Dataset, Subset
 
-from nulsq_cli.errors import InputError, NulsqError, UsageError, suggest
-from nulsq_cli.models.weights import first_line
+from nulsq_cli.errors import InputError, NulsqError, UsageError, first_line, suggest
 from nulsq_cli.training.pictures import DIGITS, EVAL_NAMES, TRAIN_NAMES, Digits, Pictures
 
 TORCHVISION = (

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from nulsq_cli.errors import InputError, UsageError
-from nulsq_cli.models.weights import first_line
+from nulsq_cli.errors import InputError, UsageError, first_line
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "val", "valid", "eval", "evaluation")

@@ -12,9 +12,8 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
-from nulsq_cli.errors import InputError
+from nulsq_cli.errors import InputError, first_line
 from nulsq_cli.layers import quantizers
-from nulsq_cli.models import first_line
 from nulsq_cli.training import checkpoint
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World

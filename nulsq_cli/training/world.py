@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nulsq_cli.errors import UsageError
+from nulsq_cli.errors import UsageError, first_line
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def join(device: str = "auto") -> World:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as reason:
         fix = "start no more processes than there are GPUs, or try --device cpu" if own else "try --device cpu"
-        raise UsageError(f"the device {str(chosen) if own else device!r} cannot be used: {str(reason).splitlines()[0]}",
+        raise UsageError(f"the device {str(chosen) if own else device!r} cannot be used: {first_line(reason)}",
                          fix=fix) from reason  # fmt: skip
     if own:
         torch.cuda.set_device(chosen)
