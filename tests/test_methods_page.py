@@ -19,7 +19,9 @@ def test_the_page_is_up_to_date_and_has_every_method(monkeypatch):
     wanted = methods_page.page()
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == wanted, "python tools/methods_page.py > docs/methods.md"
     for name, line in METHODS.items():
-        assert f"## {name}\n" in wanted
+        section = wanted.split(f"## {name}\n")[1].split("\n## ")[0]
+        for word in ("formula", "gradient", "learned", "start", "checked against"):
+            assert f"\n- {word}: " in section, (name, word)
         for option in line.options:
-            assert f"- `{option}`: " in wanted.split(f"## {name}\n")[1].split("\n## ")[0]
+            assert f"\n- `{option}`" in section, (name, option)
     sys.modules.pop("methods_page")

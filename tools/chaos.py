@@ -164,7 +164,7 @@ def outcome(folder: Path) -> dict[str, object]:
     result = json.loads((folder / "result.json").read_text())
     found: dict[str, object] = {
         "export/model.safetensors": (folder / "export/model.safetensors").read_bytes(),
-        "metrics.jsonl": re.sub(r'"seconds": [0-9.]+', "", metrics),
+        "metrics.jsonl": re.sub(r'"(seconds|images_per_second)": [0-9.]+', "", metrics),
         "result.json": {k: v for k, v in result.items() if k not in ("seconds", "run", "artifact")},
     }
     for name in ("best", "last", "previous"):

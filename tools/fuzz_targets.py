@@ -48,6 +48,7 @@ def make_run(folder: Path, changes: list[str]) -> session.Run:
     state.progress.updates = 1
     state.progress.best = {"top1": 9.0, "top5": 50.0, "loss": 2.0, "epoch": 0}
     state.progress.rows = [{"epoch": 0, "eval_loss": 2.0, "eval_top1": 9.0, "eval_top5": 50.0, "note": None}]
+    state.progress.steps = [{"epoch": 0, "batch": 50, "batches": 50, "train_loss": 2.0}]
     (folder / "checkpoints").mkdir()
     for name in ("last", "best"):
         state.save(name)

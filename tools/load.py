@@ -135,8 +135,10 @@ def files(place: Path, count: int, seed: int) -> None:
     print("".join(f"{line}\n" for line in log.splitlines() if "resumed from" in line), end="", flush=True)
     packed = [(place / name / "export/model.safetensors").read_bytes() for name in ("whole", "killed")]
     require(packed[0] == packed[1], f"the packed files, {len(packed[0])} bytes, are equal")
-    rows = [json.loads((place / name / "metrics.jsonl").read_text()) for name in ("whole", "killed")]
-    require(all(rows[0][k] == rows[1][k] for k in rows[0] if k != "seconds"), "so are the metrics")
+    logs = [(place / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    rows = [[json.loads(line) for line in log.splitlines()] for log in logs]
+    pairs = list(zip(*rows, strict=True))
+    require(all(a[k] == b[k] for a, b in pairs for k in a if k not in ("seconds", "images_per_second")), "so are the metrics")
 
 
 # ---- very many updates ----------------------------------------------------------------------------
@@ -162,12 +164,12 @@ def steps(place: Path, count: int, seed: int) -> None:
                "data.augment.mixup=0.2", "checkpoint.recovery_steps=100", f"seed={seed}", "--no-export"]  # fmt: skip
     process = nulsq(*command, "-o", place / "long")
     samples: list[tuple[int, float]] = []
-    log, last = place / "long/metrics.jsonl", 0
+    log, last = place / "long/summary.csv", 1  # its head
     while process.poll() is None:
-        if log.exists() and (epoch := len(log.read_text().splitlines())) > last:
+        if log.exists() and (lines := len(log.read_text().splitlines())) > last:
             time.sleep(0.2)  # its loader of the evaluation has ended
-            samples.append((epoch, private_memory(members(process.pid))))
-            last = epoch
+            samples.append((lines - 1, private_memory(members(process.pid))))
+            last = lines
         time.sleep(0.05)
     finished(process)
     tenth = max(len(samples) // 10, 1)

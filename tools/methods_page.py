@@ -14,7 +14,8 @@ HEAD = """# Methods
 Made by `tools/methods_page.py` from the code. Any of them: `--method NAME`, or `quant.method` in a recipe, or per layer
 in `quant.rules`; options go under `quant.options`. All leave as the same packed file: levels and thresholds in float32,
 codes of b bits; what a formula does before or after rounding is folded into the tables. g is the gradient of the loss to
-y; b the bits; "unsigned" inputs are those without negatives, as after ReLU. How to add one: [add-a-method.md](add-a-method.md).
+y; b the bits; N, in `grad_scale`, the entries of the tensor; "unsigned" inputs are those without negatives, as after ReLU.
+How to add one: [add-a-method.md](add-a-method.md).
 
 With `--grid int8` (`quant.grid`) every level is a scale times an integer of 8 bits, in training as in evaluation: what
 runtimes for int8 compute exactly. The scale keeps the proportion to the largest level that left the least error when the
@@ -41,18 +42,23 @@ def section(name: str) -> str:
     classes = {side: quantizer_class(getattr(line, side)) for side in ("weights", "activations")}
     lines = [f"## {name}", "", f"{line.idea[0].upper()}{line.idea[1:]}.", ""]
     options: list[str] = []
+    two = len(set(classes.values())) == 2
     for side, kind in classes.items():
         if side == "activations" and kind is classes["weights"]:
             continue
         prose, own = text(kind.__doc__ or "")
         source = inspect.cleandoc(sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-        who = "" if len(set(classes.values())) == 1 else f"**{side.capitalize()}**: "
+        who = f"**{side.capitalize()}**: " if two else ""
         lines += [f"{who}{prose} *{source}*", ""]
         defaults = {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.default is not p.empty}
-        options += [f"{item} Default: `{defaults[item.split('`')[1]]}`." for item in own if item.split("`")[1] in defaults]
+        of = f", for {side}" if two else ""
+        for item in own:
+            if (option := item.split("`")[1]) in defaults:
+                options.append(item.replace("`: ", f"`{of}: ", 1) + f" Default: `{defaults[option]}`.")
     if note is not None:
-        lines += [f"- formula: {note.formula}", f"- gradient: {note.gradient}", f"- checked against: {note.checked}"]
-    lines += list(dict.fromkeys(options))
+        lines += [f"- {what}: {getattr(note, what)}" for what in ("formula", "gradient", "learned", "start")]
+        lines.append(f"- checked against: {note.checked}")
+    lines += options
     limits = [f"weights of at most {line.largest_weights} bits"] * (line.largest_weights < 8)
     limits += [f"activations of at most {line.largest_activations} bits"] * (line.largest_activations < 8)
     limits += ["one weight table per tensor only"] * (not line.per_channel) + ["no signed inputs"] * (not line.signed)

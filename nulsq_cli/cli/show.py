@@ -162,13 +162,13 @@ class Show:
             self.live.stop()
             self.live = None
 
-    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
-             images_per_second: float) -> None:  # fmt: skip
+    def step(self, row: dict[str, Any]) -> None:
         """After some updates: move the bar, or print a line now and then."""
-        numbers = f"loss {loss:.3f}  lr {rates[0]:.2e}"
-        if rates[1] is not None:
-            numbers += f"  steps lr {rates[1]:.2e}"
-        numbers += f"  {images_per_second:.0f} images/s"
+        epoch, batch, batches = row["epoch"], row["batch"], row["batches"]
+        numbers = f"loss {row['train_loss']:.3f}  lr {row['lr_weights']:.2e}"
+        if row["lr_steps"] is not None:
+            numbers += f"  steps lr {row['lr_steps']:.2e}"
+        numbers += f"  {row['images_per_second']:.0f} images/s"
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=epoch * batches + batch, numbers=numbers,
                              description=f"epoch {epoch + 1}/{self.epochs}  step {batch}/{batches}")  # fmt: skip

@@ -89,9 +89,10 @@ def _report(r: recipe.Recipe, matrix: Matrix, results: list[dict[str, Any]], fol
     cells = comparison.gather(results, matrix.methods, matrix.widths, published)
     done = [x for x in results if "failed" not in x]
     float_top1 = done[0]["float"]["top1"] if done else None
-    title = f"{r.model.name}: {len(matrix.methods)} methods"
+    methods, epochs = len(matrix.methods), r.schedule.epochs
+    title = f"{r.model.name}: {methods} method{'s' * (methods != 1)}"
     notes = [
-        f"Top-1 % before → after {r.schedule.epochs} epochs; float {float_top1:.2f} %; " if float_top1 is not None else "",
+        f"Top-1 % before → after {epochs} epoch{'s' * (epochs != 1)}; float {float_top1:.2f} %; " if done else "",
         f"mean ± standard deviation over {len(matrix.seeds)} seeds" if len(matrix.seeds) > 1 else f"one seed ({matrix.seeds[0]})",
     ]
     columns, table = comparison.rows(cells)

@@ -144,7 +144,7 @@ def _train(r: recipe.Recipe, way: list[Stretch], model: nn.Module, skeleton: nn.
         if here:
             trainer.restore(here)
             _keep_changes(r, folder, world, show)
-            trainer.watcher.write(trainer.progress.rows)  # whatever was killed between the checkpoint and the logs
+            trainer.watcher.write(trainer.progress)  # whatever was killed between the checkpoint and the logs
             show.say(f"  resumed from {here.path.name}: epoch {trainer.progress.epoch + 1}, batch {trainer.progress.batch}")
         else:
             if before is not None:

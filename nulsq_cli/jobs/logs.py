@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nulsq_cli.files import write_text
+from nulsq_cli.files import append_line, write_text
+from nulsq_cli.training.state import Progress
+
+METRICS = "metrics.jsonl"
 
 
 class Logs:
@@ -17,25 +20,28 @@ class Logs:
     def __init__(self, folder: Path, show: Any, primary: bool) -> None:
         self.folder, self.show, self.primary = folder, show, primary
 
-    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
-             images_per_second: float) -> None:  # fmt: skip
-        """Shown; not kept."""
-        self.show.step(epoch, batch, batches, loss, rates, images_per_second)
+    def step(self, row: dict[str, Any]) -> None:
+        """Shown, and kept for whoever follows the run."""
+        self.show.step(row)
+        if self.primary:
+            append_line(self.folder / METRICS, json.dumps(row))
 
-    def epoch(self, rows: list[dict[str, Any]]) -> None:
+    def epoch(self, progress: Progress) -> None:
         """Shown and kept."""
-        self.show.epoch(rows[-1])
-        self.write(rows)
+        self.show.epoch(progress.rows[-1])
+        self.write(progress)
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Both logs from the run's own rows, so that a resumed run has each epoch once."""
-        if not self.primary or not rows:
+    def write(self, progress: Progress) -> None:
+        """Both logs from the run's own rows, so that a run that went on or went back has each of them once."""
+        if not self.primary:
             return
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows), parents=False)
+        # A stable order: the steps of an epoch, then the epoch.
+        rows = sorted([*progress.steps, *progress.rows], key=lambda row: row["epoch"])
+        write_text(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows), parents=False)
         table = io.StringIO()
-        sheet = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        sheet = csv.DictWriter(table, list(progress.rows[0]) if progress.rows else [], lineterminator="\n")
         sheet.writeheader()
-        sheet.writerows(rows)
+        sheet.writerows(progress.rows)
         write_text(self.folder / "summary.csv", table.getvalue(), parents=False)
 
     def say(self, text: str) -> None:

@@ -50,6 +50,7 @@ def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path
     """
     methods, widths = (list(dict.fromkeys(getattr(c, key) for c in cells)) for key in ("method", "bits"))
     ends: list[tuple[float, float, str, str]] = []  # x, y, method, color
+    floor = _floor(cells)
     with _drawing() as plt:
         figure, axis = plt.subplots(figsize=(4.4 + 1.6 * len(widths), max(5.0, 0.42 * len(methods))), layout="constrained")
         for index, method in enumerate(methods):
@@ -63,7 +64,7 @@ def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path
                 color=color, marker="o", ms=5.5, lw=2.2 if strong else 1.2, ls="-" if strong else (0, (4, 2)),
                 capsize=3 if any(c.spread for c in own) else 0, zorder=3 if strong else 2,
             )  # fmt: skip
-            if own:
+            if own and own[-1].mean >= floor:
                 ends.append((widths.index(own[-1].bits) + aside, own[-1].mean, method, color))
             for cell in here:
                 if cell.published is not None:
@@ -72,7 +73,16 @@ def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path
             axis.axhline(float_top1, color=INK, lw=0.9, ls=(0, (1, 2)))
             axis.text(-0.33, float_top1, f"float {float_top1:.2f}", va="bottom", fontsize=9)
         axis.set_xlim(-0.35, len(widths) - 0.15)
-        low, high = axis.get_ylim()
+        inside = [c for c in cells if c.mean is not None and c.mean >= floor]
+        shown = [c.mean + sign * (c.spread or 0) for c in inside for sign in (-1, 1)]
+        shown += [c.published for c in cells if c.published is not None] + ([] if float_top1 is None else [float_top1])
+        low, high = min(shown, default=0.0), max(shown, default=1.0)
+        low, high = low - 0.1 * (high - low) - 0.05, high + 0.06 * (high - low) + 0.05
+        axis.set_ylim(low, high)
+        for index, cell in enumerate(c for c in cells if c.mean is not None and c.mean < floor):
+            color = MANY[methods.index(cell.method) % len(MANY)]
+            axis.annotate(f"{cell.method} {cell.mean:.2f} ↓", (widths.index(cell.bits), low), (0, 4 + 12 * index),
+                          textcoords="offset points", ha="center", color=color, fontsize=9)  # fmt: skip
         _name_ends(axis, ends, len(widths) - 0.72, 0.3 * (high - low) / figure.get_figheight())
         axis.set_xticks(range(len(widths)), widths)
         notes = [" · bars: standard deviation over seeds"] * any(c.spread for c in cells)
@@ -84,14 +94,33 @@ def accuracy(cells: list[Cell], float_top1: float | None, title: str, path: Path
         _write(figure, title, path)
 
 
+def _floor(cells: list[Cell]) -> float:
+    """Where the axis may end: a method that is farther below the next than that is below the best is only named."""
+    worst: dict[str, float] = {}
+    for cell in cells:
+        if cell.mean is not None:
+            worst[cell.method] = min(cell.mean, worst.get(cell.method, cell.mean))
+    order = sorted(worst.values())
+    best = max((c.mean for c in cells if c.mean is not None), default=0.0)
+    while len(order) > 3 and order[1] - order[0] > best - order[1]:
+        order.pop(0)
+    return order[0] if order else 0.0
+
+
 def _name_ends(axis: Any, ends: list[tuple[float, float, str, str]], column: float, apart: float) -> None:
     """Write each name in one column right of the lines, no two closer than `apart`, and lead a hairline to it."""
-    places: list[float] = []
-    for _, y, _, _ in sorted(ends, key=lambda e: e[1]):
-        places.append(y if not places else max(y, places[-1] + apart))
-    middle = sum(places) / max(len(places), 1) - sum(e[1] for e in ends) / max(len(ends), 1)
-    for (x, y, name, color), place in zip(sorted(ends, key=lambda e: e[1]), places, strict=True):
-        where = place - middle
+    low, high = axis.get_ylim()
+    ends = sorted(ends, key=lambda e: e[1])
+    apart = min(apart, (high - low) / max(len(ends), 1))
+    places = [y for _, y, _, _ in ends]
+    # Up from below where they touch, then down from above where that went beyond the picture, around where they belong.
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + apart)
+    middle = sum(p - e[1] for p, e in zip(places, ends, strict=True)) / max(len(ends), 1)
+    places = [max(p - middle, low + (i + 0.5) * apart) for i, p in enumerate(places)]
+    for i in range(len(places)):
+        places[-1 - i] = min(places[-1 - i], high - (i + 0.5) * apart)
+    for (x, y, name, color), where in zip(ends, places, strict=True):
         axis.plot([x, column - 0.02], [y, where], color=color, lw=0.5, alpha=0.6)
         axis.text(column, where, name, color=color, va="center", fontsize=10,
                   fontweight="bold" if name.startswith("nulsq") else "normal")  # fmt: skip

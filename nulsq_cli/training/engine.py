@@ -157,8 +157,7 @@ class Trainer(State):
                 group, losses = 0, 0.0
                 if p.updates % s.log_interval == 0 or p.batch == self.batches:
                     now = time.monotonic()
-                    self.watcher.step(p.epoch, p.batch, self.batches, p.loss_sum / p.batch, self.pair.rates(),
-                                      seen / max(now - shown, 1e-9))  # fmt: skip
+                    self._note_step(seen / max(now - shown, 1e-9))
                     shown, seen = now, 0
                 self._stop_or_save()
 
@@ -209,6 +208,15 @@ class Trainer(State):
             self.ema.update(self.model, step=p.updates)
         self.pair.update_rates(p.updates)
 
+    def _note_step(self, images_per_second: float) -> None:
+        """A row of the metrics. It is part of the progress: a run that goes on or goes back has each once."""
+        p, rates = self.progress, self.pair.rates()
+        p.steps.append({
+            "epoch": p.epoch, "batch": p.batch, "batches": self.batches, "train_loss": p.loss_sum / p.batch,
+            "lr_weights": rates[0], "lr_steps": rates[1], "images_per_second": round(images_per_second, 1),
+        })  # fmt: skip
+        self.watcher.step(p.steps[-1])
+
     def _finish_epoch(self, started: float) -> None:
         p = self.progress
         self.share_running_statistics(self.settings.dist_bn)
@@ -234,7 +242,7 @@ class Trainer(State):
         if self.world.primary:
             (self.folder / "recovery.safetensors").unlink(missing_ok=True)
         self.world.wait()
-        self.watcher.epoch(p.rows)
+        self.watcher.epoch(p)
 
     # ---- trouble --------------------------------------------------------------------------------
 

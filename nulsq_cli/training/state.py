@@ -37,7 +37,8 @@ class Progress:
     updates: int = 0
     loss_sum: float = 0.0
     best: dict[str, Any] | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one per epoch
+    steps: list[dict[str, Any]] = field(default_factory=list)  # one per log interval
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -53,10 +54,12 @@ class Progress:
             raise ValueError("its position is none")
         if found.best is not None and found.best.keys() != {"top1", "top5", "loss", "epoch"}:
             raise ValueError("its best score is none")
-        shown = {"epoch", "eval_loss", "eval_top1", "eval_top5"}
-        first = found.rows[0].keys() if found.rows else shown
-        if not isinstance(found.rows, list) or shown - first or any(row.keys() != first for row in found.rows):
-            raise ValueError("its epochs are not all alike")
+        for rows, shown in ((found.rows, {"epoch", "eval_loss", "eval_top1", "eval_top5"}), (found.steps, {"epoch", "batch"})):
+            first = rows[0].keys() if rows else shown
+            if not isinstance(rows, list) or shown - first or any(row.keys() != first for row in rows):
+                raise ValueError("its metrics are not all alike")
+            if not all(type(row["epoch"]) is int for row in rows):
+                raise ValueError("its metrics are of no epoch")
         if not isinstance(found.notes.get("went_back", {}), dict) or not isinstance(found.notes.get("instability", {}), dict):
             raise ValueError("its notes are none")
         return found

@@ -8,20 +8,21 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from nulsq_cli.training.state import Progress
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Watcher(Protocol):
     """Whoever shows progress to people and keeps the logs."""
 
-    def step(self, epoch: int, batch: int, batches: int, loss: float, rates: tuple[float, float | None],
-             images_per_second: float) -> None:  # fmt: skip
-        """After some updates."""
+    def step(self, row: dict[str, Any]) -> None:
+        """After some updates, with their metrics."""
 
-    def epoch(self, rows: list[dict[str, Any]]) -> None:
-        """After every epoch, with the metrics of all epochs so far."""
+    def epoch(self, progress: Progress) -> None:
+        """After every epoch, with the metrics of all so far."""
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, progress: Progress) -> None:
         """The logs again, when a run goes on."""
 
     def say(self, text: str) -> None:

@@ -105,7 +105,8 @@ def test_the_live_line_says_the_step():
     show = Show()
     show.console = Console(file=StringIO(), force_terminal=True, width=150)
     show.start_training(3, 40, 0)
-    show.step(1, 20, 40, 0.5, (0.1, None), 100.0)
+    show.step({"epoch": 1, "batch": 20, "batches": 40, "train_loss": 0.5, "lr_weights": 0.1, "lr_steps": None,
+               "images_per_second": 100.0})  # fmt: skip
     task = show.live.tasks[0]
     assert task.description == "epoch 2/3  step 20/40" and task.completed == 60
     show.stop_training()

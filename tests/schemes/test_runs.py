@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from tests import metrics
 from tests.processes import Process, nulsq, refused
 
 SMALL = ["schedule.epochs=1", "data.hold_out=0.5", "quant.calibration.samples=64", "bn.reestimate_samples=64",
@@ -24,7 +25,7 @@ EPOCHS = {"qkd": 3, "profit": 6}
 def test_a_scheme_runs_is_killed_goes_on_and_ends_the_same(name, tmp_path):
     command = ["finetune", "quickstart", *SMALL, *CASES[name], "--json"]
     whole = json.loads(nulsq(*command, "-o", tmp_path / "whole").stdout)
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics.epochs(tmp_path / "whole")
     assert whole["epochs"] == EPOCHS[name] == len(rows) and [row["epoch"] for row in rows] == list(range(len(rows)))
     assert whole["best"]["top1"] > 85
     log = (tmp_path / "whole" / "train.log").read_text()
@@ -37,12 +38,12 @@ def test_a_scheme_runs_is_killed_goes_on_and_ends_the_same(name, tmp_path):
         assert "self-study (1), co-study (1), tutoring (1)" in log
 
     cut = tmp_path / "cut"
-    process, log = Process(*command, "-o", cut), cut / "metrics.jsonl"
+    process = Process(*command, "-o", cut)
     rows_before = {"qkd": 1, "profit": 3}[name]  # co-study, and sampling
 
     def underway():
-        rows = log.read_text().splitlines() if log.exists() else []
-        return len(rows) >= rows_before and (cut / "checkpoints/recovery.safetensors").exists()
+        done = len(metrics.epochs(cut)) if (cut / "summary.csv").exists() else 0
+        return done >= rows_before and (cut / "checkpoints/recovery.safetensors").exists()
 
     process.until(underway)
     process.send(signal.SIGKILL)

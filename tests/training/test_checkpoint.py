@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ import nulsq_cli
 from nulsq_cli import files, recipe
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.training import checkpoint
-from tests import processes
+from tests import metrics, processes
 
 SHORT = ("schedule.epochs=2", "quant.calibration.samples=64", "bn.reestimate_samples=64", "data.hold_out=0.5",
          "data.batch_size=128", "engine.device=cpu")  # fmt: skip
@@ -185,11 +184,6 @@ def run(tmp_path_factory):
     return folder
 
 
-def without_seconds(folder: Path) -> list[str]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows]
-
-
 @pytest.mark.parametrize("damaged", [["last"], ["last", "metrics", "leftover"]], ids=["last", "everything"])
 def test_a_run_with_a_damaged_checkpoint_says_so_and_ends_the_same(run, tmp_path, damaged):
     folder = tmp_path / "r"
@@ -208,7 +202,7 @@ def test_a_run_with_a_damaged_checkpoint_says_so_and_ends_the_same(run, tmp_path
     said = (folder / "train.log").read_text()
     assert "last.safetensors: is truncated or damaged" in said and "resumed from previous.safetensors: epoch 2" in said
     assert (folder / "export/model.safetensors").read_bytes() == (run / "export/model.safetensors").read_bytes()
-    assert without_seconds(folder) == without_seconds(run) and not list(folder.rglob("*.tmp"))
+    assert metrics.rows(folder) == metrics.rows(run) and not list(folder.rglob("*.tmp"))
 
 
 def test_logs_that_a_kill_swallowed_are_written_again(run, tmp_path):

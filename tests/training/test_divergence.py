@@ -55,8 +55,8 @@ class Logs(SimpleNamespace):
     def step(self, *_):
         pass
 
-    def epoch(self, rows):
-        self.rows = rows
+    def epoch(self, progress):
+        self.rows, self.steps = progress.rows, progress.steps
 
     def say(self, text):
         self.said.append(text)
@@ -203,6 +203,7 @@ def test_the_smaller_rate_and_the_one_chance_survive_a_resume(tmp_path, whole, k
     assert again.watcher.said == []  # it remembers that it went back
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
     assert drop(again.watcher.rows) == drop(whole.watcher.rows)
+    assert [(row["epoch"], row["batch"]) for row in again.watcher.steps] == [(0, 4), (1, 4), (2, 4)]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
 

@@ -18,6 +18,7 @@ from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Bits
+from tests import metrics
 
 FAST = ("schedule.epochs=1", "data.hold_out=0.5", "quant.calibration.samples=128", "bn.reestimate_samples=128")
 HERE = World(0, 1, torch.device("cpu"))
@@ -27,7 +28,8 @@ def losses(folder, *changes):
     """Of an epoch with these changes: of training, and of the model that is exported."""
     result = nulsq_cli.finetune("quickstart", *FAST, *changes, output=folder)
     assert result["best"]["top1"] > 50 and result["artifact"]
-    row = json.loads((folder / "metrics.jsonl").read_text())
+    (row,), steps = metrics.epochs(folder), metrics.steps(folder)
+    assert steps[-1]["batch"] == steps[-1]["batches"] and steps[-1]["train_loss"] == row["train_loss"]
     assert row["train_loss"] < 2.5 and row["lr_steps"] is not None
     return row["train_loss"], row["eval_loss"]
 

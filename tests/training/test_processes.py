@@ -25,6 +25,7 @@ from nulsq_cli.training import checkpoint
 from nulsq_cli.training.state import Progress, State, split_anew
 from nulsq_cli.training.world import join
 from nulsq_cli.values import QuantSpec
+from tests import metrics
 from tests.processes import CONTEXT, ROOT, Process
 
 SMALL = ("finetune", "quickstart", "quant.calibration.samples=100", "bn.reestimate_samples=150", "--epochs", "1")
@@ -112,8 +113,8 @@ def test_a_step_on_two_half_batches_is_a_step_on_the_whole_batch(train):
     torch.testing.assert_close(halves, whole, rtol=1e-5, atol=2e-6)
     moved = [name for name in whole if (whole[name] - before[name]).abs().max() > 1e-4]
     assert "conv1.weight" in moved and "layer1.0.conv1.weight_quantizer.gaps" in moved
-    rows = [json.loads((run / "metrics.jsonl").read_text()) for run in (one, two)]
-    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-6)
+    (first,), (second,) = metrics.epochs(one), metrics.epochs(two)
+    assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-6)
 
 
 def share_statistics(variables, how, folder):
@@ -210,7 +211,7 @@ def test_when_one_is_killed_the_others_stop_and_any_number_goes_on(team, tmp_pat
     rest = team(1, *LONG, "-o", tmp_path / "r", "--resume", "auto")
     assert rest.codes() == [0], rest.text("err")
     assert "2 processes with 128 images per batch became 1 with 64: the run is exact up to this" in rest.text("out")
-    assert len((tmp_path / "r/metrics.jsonl").read_text().splitlines()) == 1
+    assert len(metrics.epochs(tmp_path / "r")) == 1
 
 
 # ---- one voice ----------------------------------------------------------------------------------------
