@@ -16,8 +16,8 @@ from nulsq_cli.ops import codebook, integer
 PAIR = 32767
 """Processors without VNNI add two products of bytes in 16 bits, and saturate beyond this."""
 
-WHERE_BITS = 4
-"""Up to this width a chain of comparisons with float thresholds is a form that compiles and pays."""
+COMPARED_BITS = 4
+"""Up to this width a comparison for each threshold is a form that compiles and pays."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def inputs(artifact: Artifact, site: Site, act: str, reach: int) -> Inputs:
         reach: as in `weights`.
 
     Raises:
-        UsageError: `where` at a width at which that form does not pay.
+        UsageError: `where` or `sum8` at a width at which that form does not pay.
     """
     entry = artifact.meta["layers"][site.layer]
     levels, thresholds = (artifact.tensors[f"{site.layer}.act.{part}"] for part in ("levels", "thresholds"))
@@ -205,8 +205,8 @@ def inputs(artifact: Artifact, site: Site, act: str, reach: int) -> Inputs:
         zero = int(-integers[0])
         return Inputs(bits, levels, thresholds, integers + zero, float(scale), zero, "even")
     form = ("sum8" if bits <= 3 else "table") if act == "auto" else act
-    if form == "where" and bits > WHERE_BITS:
-        raise UsageError(f"--act where has {count - 1} comparisons for {bits} bits, more than runtimes compile", where=site.layer,
+    if form in ("where", "sum8") and bits > COMPARED_BITS:
+        raise UsageError(f"--act {form} has {count - 1} comparisons at {bits} bits, more than runtimes compile", where=site.layer,
                          fix="use --act table, which takes any width")  # fmt: skip
     found = Inputs(bits, levels, thresholds, integers + zero, float(scale), zero, form)
     return found if form == "where" else replace(found, **_cells(thresholds))
@@ -252,7 +252,7 @@ def float_inputs(artifact: Artifact, site: Site) -> Inputs:
     found = inputs(artifact, site, "table", 8)
     if found.form == "even":
         return found
-    if found.bits > WHERE_BITS:
+    if found.bits > COMPARED_BITS:
         what = f"--grid float has {len(found.levels) - 1} comparisons for {found.bits} bits, more than runtimes compile"
         raise UsageError(what, where=site.layer, fix="use --grid int8 --act table")
     return replace(found, form="where")

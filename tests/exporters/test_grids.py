@@ -117,8 +117,9 @@ def test_integers_that_were_trained_are_taken_as_they_are():
 def test_many_comparisons_are_refused_with_the_form_that_takes_any_width():
     levels = torch.linspace(0, 1, 32).square()
     artifact = Packed(levels, codebook.midpoints(levels), bits=5)
-    with pytest.raises(UsageError, match="--act where.*\n.*--act table"):
-        grids.inputs(artifact, Site(None, "a"), "where", 7)
+    for act in ("where", "sum8"):
+        with pytest.raises(UsageError, match=f"--act {act}.*\n.*--act table"):
+            grids.inputs(artifact, Site(None, "a"), act, 7)
     assert grids.inputs(artifact, Site(None, "a"), "table", 7).top <= 127
 
 

@@ -241,6 +241,34 @@ def test_infinite_gradients_of_a_scaled_loss_are_the_scalers_business(tmp_path):
     assert not t.watcher.said and t.progress.updates == 12 and t.scaler.get_scale() < 2.0**127
 
 
+def test_a_resumed_run_has_the_scale_of_the_loss_as_it_was(tmp_path):
+    """Halved while gradients were infinite, and on its way to double after four updates with finite ones."""
+    scaler = {"enabled": True, "init_scale": 2.0**125, "growth_interval": 4}
+
+    def made(folder, kill=False):
+        def trouble(t, x):
+            if kill and t.progress.updates == 7:
+                raise Killed
+
+        t = trainer(folder, trouble)
+        t.scaler = torch.amp.GradScaler("cpu", **scaler)
+        return t
+
+    whole = made(tmp_path / "whole")
+    whole.run()
+    killed = made(tmp_path / "killed", kill=True)
+    with pytest.raises(Killed):
+        killed.run()
+    found = checkpoint.latest(tmp_path / "killed", pytest.fail)
+    assert found.path.stem == "recovery" and 0 < found.notes["scaler"]["scale"] < 2.0**125
+    again = made(tmp_path / "again")
+    again.restore(found)
+    again.run()
+    assert again.scaler.state_dict() == whole.scaler.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
 def test_one_number_sees_everything():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model(torch.ones(1, 2)).sum().backward()
