@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq_cli.initializers import RunningSums
-from nulsq_cli.ops import codebook, integer
+from nulsq_cli.ops import codebook, fast, integer, native
 from nulsq_cli.ops.estimators import straight_through
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
@@ -230,10 +230,13 @@ def keep_positive(steps: Tensor) -> None:
     """Project steps in place: a gap may become small, a thousandth of its table's mean, but not close or invert.
 
     Args:
-        steps: (..., N), any values; NaN stays NaN.
+        steps: (rows, N), any values; NaN stays NaN.
     """
     if steps.shape[-1] == 1:
         steps.clamp_min_(SMALLEST_STEP)
+        return
+    if fast.loops(steps, steps) is native and steps.is_contiguous():
+        native.keep_positive(steps, SMALLEST_SHARE, SMALLEST_STEP)
         return
     floor = steps.clamp_min(0).mean(-1, keepdim=True).mul_(SMALLEST_SHARE).clamp_min_(SMALLEST_STEP)
     torch.maximum(steps, floor, out=steps)

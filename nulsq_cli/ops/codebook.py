@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nulsq_cli.ops import fast, native, traced
-from nulsq_cli.ops.remake import made_by
+from nulsq_cli.ops.remake import made_by, read_by_one_layer
 
 
 def midpoints(levels: Tensor) -> Tensor:
@@ -155,6 +155,8 @@ class _StraightThrough(torch.autograd.Function):
             return traced.levels_backward(grad, x, levels)
         # A derivative of this derivative is asked for where gradients are recorded: the eager function has one.
         loops = None if torch.is_grad_enabled() else fast.loops(x, levels, trained=True)
+        if loops is native:
+            return native.levels_backward(grad, x, levels, spent=read_by_one_layer(ctx))
         return (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
 
 

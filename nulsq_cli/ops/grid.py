@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nulsq_cli.ops import fast, traced
-from nulsq_cli.ops.remake import made_by
+from nulsq_cli.ops import fast, native, traced
+from nulsq_cli.ops.remake import made_by, read_by_one_layer
 
 
 def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
@@ -30,6 +30,8 @@ class _StraightThrough(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return *traced.grid_backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
         loops = None if torch.is_grad_enabled() else fast.loops(x, step, grid=True)  # as in codebook.py
+        if loops is native:
+            return *native.grid_backward(grad, x, step, *ctx.ends, spent=read_by_one_layer(ctx)), None, None  # type: ignore[attr-defined]
         backward = backward_eager if loops is None else loops.grid_backward
         return *backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
 

@@ -213,6 +213,15 @@ void nulsq_around(const float *gaps, float *levels, int rows, int count, int neg
     }
 }
 
+void nulsq_keep_positive(float *steps, int rows, int count, float share, float smallest) {
+    for (int row = 0; row < rows; ++row, steps += count) {
+        double sum = 0;
+        for (int k = 0; k < count; ++k) sum += steps[k] < 0 ? 0.f : steps[k];
+        const float least = std::max((float)(sum / count) * share, smallest);  // not a number where one of them is none
+        for (int k = 0; k < count; ++k) steps[k] = steps[k] >= least ? steps[k] : least;
+    }
+}
+
 void nulsq_around_backward(const float *g, float *to_gaps, int rows, int count, int negative) {
     for (int row = 0; row < rows; ++row, g += count + 1, to_gaps += count) {
         double sum = 0;

@@ -45,7 +45,8 @@ def library() -> ctypes.CDLL | None:
     loaded.nulsq_grid.argtypes = [data, data, size, size, data, ctypes.c_float, ctypes.c_float, number]
     loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, ctypes.c_float, ctypes.c_float, number]
     loaded.nulsq_around.argtypes = loaded.nulsq_around_backward.argtypes = [data, data, number, number, number]
-    for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward"):
+    loaded.nulsq_keep_positive.argtypes = [data, number, number, ctypes.c_float, ctypes.c_float]
+    for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive"):
         getattr(loaded, f"nulsq_{name}").restype = None
     return loaded
 
@@ -97,11 +98,16 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None) -> Tensor:
     return y
 
 
-def levels_backward(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """`codebook.backward_eager`, for tables of at most `LARGEST_TRAINED_TABLE` levels."""
+def levels_backward(grad: Tensor, x: Tensor, levels: Tensor, *, spent: bool = False) -> tuple[Tensor, Tensor]:
+    """`codebook.backward_eager`, for tables of at most `LARGEST_TRAINED_TABLE` levels.
+
+    Args:
+        grad, x, levels: as there.
+        spent: nobody reads grad afterwards, so that its memory may hold the gradient to x.
+    """
     x, levels = _dense(x), levels.contiguous()
     grad = _like(grad, x)
-    to_x, to_levels = torch.empty_like(x), torch.empty_like(levels)
+    to_x, to_levels = grad if spent else torch.empty_like(x), torch.empty_like(levels)
     rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
     library().nulsq_levels_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, levels.data_ptr(),
                                     to_levels.data_ptr(), count, _threads(x))  # fmt: skip
@@ -117,11 +123,12 @@ def grid(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     return y
 
 
-def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
-    """`grid.backward_eager`."""
+def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: int, *,
+                  spent: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`grid.backward_eager`; `spent` as in `levels_backward`."""
     x, step = _dense(x), step.contiguous()
     grad = _like(grad, x)
-    to_x, to_step = torch.empty_like(x), torch.empty_like(step)
+    to_x, to_step = grad if spent else torch.empty_like(x), torch.empty_like(step)
     rows = step.numel()
     library().nulsq_grid_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, step.data_ptr(),
                                   to_step.data_ptr(), lowest, highest, _threads(x))  # fmt: skip
@@ -144,6 +151,12 @@ def around_backward(grad: Tensor, negative: int) -> Tensor:
     to_gaps = grad.new_empty(rows, count - 1)
     library().nulsq_around_backward(grad.data_ptr(), to_gaps.data_ptr(), rows, count - 1, negative)
     return to_gaps
+
+
+def keep_positive(steps: Tensor, share: float, smallest: float) -> None:
+    """`base.keep_positive` for dense steps, (rows, N): one call for what is done after every update, for every table."""
+    rows, count = steps.shape
+    library().nulsq_keep_positive(steps.data_ptr(), rows, count, share, smallest)
 
 
 def _threads(x: Tensor) -> int:

@@ -40,6 +40,14 @@ def made_by(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return y
 
 
+def read_by_one_layer(ctx: Any) -> bool:
+    """Whether the gradient that this function gets was made by the backward pass of one layer, and for it alone.
+
+    Its memory may then be used again: convolutions and linear layers write a new tensor.
+    """
+    return getattr(ctx, "nulsq_layers", 0) == 1
+
+
 def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
     """What is computed inside from these tensors, or from views of them, makes them again in its backward pass.
 
@@ -47,9 +55,13 @@ def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[An
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
-    ways = {t.untyped_storage().data_ptr(): t._nulsq_way for t in tensors if hasattr(t, "_nulsq_way")}
-    if not ways:
+    noted = [t for t in tensors if hasattr(t, "_nulsq_way")]
+    if not noted:
         return contextlib.nullcontext()
+    ways = {t.untyped_storage().data_ptr(): t._nulsq_way for t in noted}
+    for t in noted:
+        if t.grad_fn is not None:
+            t.grad_fn.nulsq_layers = getattr(t.grad_fn, "nulsq_layers", 0) + 1
 
     def pack(kept: Tensor) -> Any:
         way = ways.get(kept.untyped_storage().data_ptr())

@@ -34,7 +34,7 @@ class Pair:
         self.weight_parameters = [p for p in model.parameters() if p.requires_grad and p not in step_parameters]
         self.optimizers: dict[str, Optimizer] = {"weights": _optimizer(_weight_groups(model, weights, step_parameters), weights)}
         if step_parameters:
-            self.optimizers["steps"] = _optimizer([{"params": list(step_parameters)}], steps)
+            self.optimizers["steps"] = _optimizer([{"params": list(step_parameters)}], _at_once(steps))
         self._check(model)
         self._length = schedule, epochs, updates_per_epoch, weights["lr"]
         self.schedulers = {}
@@ -81,6 +81,14 @@ class Pair:
 def warmup(wanted: int, epochs: int) -> int:
     """Epochs of warm-up: as many as are wanted, as long as one is left after it."""
     return min(wanted, max(epochs - 1, 0))
+
+
+def _at_once(options: dict[str, Any]) -> dict[str, Any]:
+    """With one call for all tensors, where the optimizer has that: there are many steps, of a few numbers each."""
+    own = options.get("kwargs", {})
+    if options["opt"] not in ("adamw", "adam", "momentum", "sgd") or own.keys() & {"fused", "foreach", "differentiable"}:
+        return options
+    return {**options, "kwargs": {**own, "fused": True}}
 
 
 def _weight_groups(model: nn.Module, options: dict[str, Any], steps: dict[nn.Parameter, str]) -> list[dict[str, Any]]:

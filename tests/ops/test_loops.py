@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nulsq_cli.methods.base import keep_positive
 from nulsq_cli.ops import codebook, fast, fused, grid, native, traced
 
 PATHS = [pytest.param(native, id="native"), pytest.param(traced, id="traced")]
@@ -88,6 +89,33 @@ def test_levels_from_gaps_are_bit_for_bit_the_eager_ones(negative, eager):
     made.backward(grad)
     assert torch.equal(native.around(gaps, negative), made)
     assert torch.equal(native.around_backward(grad, negative), truth.grad)
+
+
+@pytest.mark.parametrize("count", [1, 3, 15])
+def test_steps_are_kept_positive_like_eagerly(count, eager):
+    draw = torch.Generator().manual_seed(count)
+    steps = torch.randn(8, count, generator=draw).exp() * torch.randn(8, count, generator=draw).sign()
+    steps[0], steps[1], steps[2, 0], steps[3, 0] = -1.0, 1e-12, torch.nan, torch.inf
+    truth = steps.clone()
+    keep_positive(truth)
+    fast.use(True)
+    keep_positive(steps)
+    torch.testing.assert_close(steps, truth, rtol=1e-6, atol=0, equal_nan=True)
+    assert (steps[4:] > 0).all() and steps[2].isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_spent_gradient_becomes_the_one_to_x(layout, eager):
+    x, grad, levels = case(4, 1, (6, 5, 3, 7), 3)
+    x, grad = x.nan_to_num(posinf=9, neginf=-9), grad.to(memory_format=torch.channels_last)
+    x = laid_out(x, layout)
+    step = torch.tensor([0.3])
+    for eager, ours, table in ((codebook.backward_eager, native.levels_backward, (levels,)),
+                               (grid.backward_eager, native.grid_backward, (step, -2, 1))):  # fmt: skip
+        spent = grad.clone(memory_format=torch.preserve_format)
+        to_x, _ = ours(spent, x, *table, spent=True)
+        assert torch.equal(to_x, eager(grad, x, *table)[0])
+        assert (to_x.data_ptr() == spent.data_ptr()) == (layout == "channels_last")
 
 
 def test_gradients_of_a_wide_table_are_the_eager_ones_when_traced(eager):
