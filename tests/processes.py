@@ -91,12 +91,12 @@ class Process:
         """Send a signal."""
         os.kill(self.pid, number)
 
-    def end(self):
-        """Wait for its end."""
+    def end(self, within=LIMIT):
+        """Wait for its end, for at most this many seconds."""
         if self.fresh:
             code = self.process.wait()
         else:
-            self.process.join(LIMIT)
+            self.process.join(within)
             code = self.process.exitcode
         if code is None:
             self.process.kill()

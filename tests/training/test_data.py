@@ -31,12 +31,13 @@ class Pixels(Dataset):
     """Sample i is a picture whose first pixel says i, of class i."""
 
     def __init__(self, size, broken=()):
-        self.size, self.broken = size, broken
+        self.size, self.broken, self.read = size, broken, []
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
+        self.read.append(index)
         if index in self.broken:
             raise InputError("cannot read this image", where=f"file {index}", fix="remove it")
         values = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -145,10 +146,13 @@ def test_an_epoch_left_in_the_middle_does_not_leak_into_the_next():
 
 
 def test_a_start_in_the_middle_gives_the_rest_of_the_epoch():
-    loader = train_loader(Pixels(22), everything(), batch_size=4, seed=3)
+    pixels = Pixels(22)
+    loader = train_loader(pixels, everything(), batch_size=4, seed=3)
     assert len(loader) == 5
     whole = batches(loader, epoch=2)
+    pixels.read.clear()
     same(batches(loader, epoch=2, start=12), whole[3:])
+    assert pixels.read == [label for _, labels in whole[3:] for label in labels], "what was seen before is read again"
     assert len(loader) == 2 and batches(loader, epoch=2, start=20) == []
 
 
