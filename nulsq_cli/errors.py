@@ -61,6 +61,10 @@ class CheckFailedError(NulsqError):
     exit_code = 5
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing waits for it: like SIGINT, but for its exit code."""
+
+
 class Interrupted(NulsqError):
     """SIGINT or SIGTERM, after a recovery checkpoint was written."""
 

@@ -109,6 +109,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+# Each writes a new tensor for the gradient of its input and of its weight, which the quantizers then mask in place.
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv2d: QuantConv2d,
     Conv2dSame: QuantConv2dSame,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from nulsq_cli.methods import METHODS
 from nulsq_cli.methods.notes import NOTES
+from nulsq_cli.schemes import SCHEMES
+from nulsq_cli.stabilizers import STABILIZERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,4 +26,6 @@ def test_the_page_is_up_to_date_and_has_every_method(monkeypatch):
             assert f"\n- {word}: " in section, (name, word)
         for option in line.options:
             assert f"\n- `{option}`" in section, (name, option)
+    for name in (*STABILIZERS, *SCHEMES):
+        assert name == "plain" or "\n- equation: " in wanted.split(f"### {name}\n")[1].split("\n### ")[0]
     sys.modules.pop("methods_page")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from importlib import import_module
 
 from nulsq_cli.methods import METHODS, quantizer_class
-from nulsq_cli.methods.notes import NOTES
+from nulsq_cli.methods.notes import EQUATIONS, NOTES
+from nulsq_cli.schemes import SCHEMES
+from nulsq_cli.stabilizers import STABILIZERS
 
 HEAD = """# Methods
 
 Made by `tools/methods_page.py` from the code. Any of them: `--method NAME`, or `quant.method` in a recipe, or per layer
 in `quant.rules`; options go under `quant.options`. All leave as the same packed file: levels and thresholds in float32,
 codes of b bits; what a formula does before or after rounding is folded into the tables. g is the gradient of the loss to
-y; b the bits; N, in `grad_scale`, the entries of the tensor; "unsigned" inputs are those without negatives, as after ReLU.
-How to add one: [add-a-method.md](add-a-method.md).
+y; b the bits; N, in `grad_scale`, the weights that share a table, or the features of one sample; "unsigned" inputs are
+those without negatives, as after ReLU. How to add one: [add-a-method.md](add-a-method.md).
 
 With `--grid int8` (`quant.grid`) every level is a scale times an integer of 8 bits, in training as in evaluation: what
 runtimes for int8 compute exactly. The scale keeps the proportion to the largest level that left the least error when the
@@ -25,6 +28,21 @@ that are learned one by one, or have no zero, do not fit; a recipe that asks for
 
 | method | idea |
 |---|---|
+"""
+
+STEADY = """## Stabilizers
+
+With any method: `--stabilizer NAME`, or `quant.stabilizers`. λ or the threshold goes from `first` to `last` by a cosine, from
+the share `begin` of training on; weights of more than `widest` bits are left alone. The poster's LSQ+BR and LSQ+Dp/Fz are lsq
+with these.
+"""
+
+SCHOOL = """## Schemes
+
+Who teaches, in which phases: `scheme.name`, options under `scheme.options`; the teacher is `--kd-model-name` (`self`: the float
+model), its weights and temperature stand under `teacher`. With any method, but for two limits: `profit`, which quantizes
+activations first, refuses ewgs, which keeps the scale of its activations in the weights' quantizer; and its `ladder` may hold no
+widths that a method lacks (apot: weights up to 7 bits, activations up to 6).
 """
 
 
@@ -67,10 +85,33 @@ def section(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def steadier(name: str) -> str:
+    """One stabilizer."""
+    line = STABILIZERS[name]
+    module, kind = line.place.split(":")
+    kind = getattr(import_module(f"nulsq_cli.stabilizers.{module}"), kind)
+    source = inspect.cleandoc(sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
+    options = ", ".join(f"`{key}` {value}" for key, value in line.options.items())
+    return (f"### {name}\n\n{line.idea[0].upper()}{line.idea[1:]}. {text(kind.__doc__)[0]} *{source}*\n\n"
+            f"- equation: {EQUATIONS[name]}\n- options: {options}\n")  # fmt: skip
+
+
+def scheme(name: str) -> str:
+    """One scheme."""
+    line = SCHEMES[name]
+    source = inspect.cleandoc(sys.modules[line.phases.__module__].__doc__ or "").splitlines()[0]
+    prose = text(line.phases.__doc__.partition("Raises:")[0])[0]
+    defaults = [f"`{p.name}` {p.default}" for p in inspect.signature(line.phases).parameters.values() if p.default is not p.empty]
+    options = f"- options: {', '.join(defaults)}\n" if defaults else ""
+    return f"### {name}\n\n{line.idea[0].upper()}{line.idea[1:]}. {prose} *{source}*\n\n- equation: {EQUATIONS[name]}\n{options}"
+
+
 def page() -> str:
     """The whole page."""
     table = "".join(f"| [{name}](#{name}) | {line.idea} |\n" for name, line in METHODS.items())
-    return HEAD + table + "\n" + "\n".join(section(name) for name in METHODS)
+    parts = [section(name) for name in METHODS]
+    parts += [STEADY, *map(steadier, STABILIZERS), SCHOOL, *(scheme(name) for name in SCHEMES if name != "plain")]
+    return HEAD + table + "\n" + "\n".join(parts)
 
 
 if __name__ == "__main__":

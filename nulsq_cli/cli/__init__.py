@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import typer
 
 from nulsq_cli.cli import bench, commands, compare, finetune, launch
 from nulsq_cli.cli.everywhere import Verbose, everywhere, together
-from nulsq_cli.errors import NulsqError
+from nulsq_cli.errors import NulsqError, Terminated
 
 app = typer.Typer(
     name="nulsq", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -47,6 +49,7 @@ def main() -> None:
     """Run a command; every expected failure ends in two lines on stderr and its exit code."""
     arguments = sys.argv[1:]
     verbose = "-v" in arguments or "--verbose" in arguments
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with _only_the_first_speaks():
             app(args=together(arguments), prog_name="nulsq")
@@ -59,13 +62,19 @@ def main() -> None:
         sys.exit(_end(error))
 
 
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 def _end(error: BaseException) -> int:
     """Say what went wrong, once however many processes it happens to, and return the exit code."""
     code = 1
     if isinstance(error, NulsqError):
         text, code = f"error: {error}", error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        text, code = "error: interrupted\n  fix: go on with the same command and --resume auto", 130
+        text, code = "error: interrupted\n  fix: give the same command again; a run goes on with --resume auto", 130
+        if isinstance(error, Terminated):
+            code = 143
     elif str(error).startswith("DataLoader worker"):  # torch's words for a loader process that died
         text = (f"error: the images cannot be read any more: {str(error).splitlines()[0].strip()}\n  fix: if memory ran out, use"
                 " fewer loaders with --workers; then give the same command again, a run's with --resume auto")  # fmt: skip

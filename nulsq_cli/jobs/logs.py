@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -36,13 +37,27 @@ class Logs:
         if not self.primary:
             return
         # A stable order: the steps of an epoch, then the epoch.
-        rows = sorted([*progress.steps, *progress.rows], key=lambda row: row["epoch"])
+        rows = sorted([*self._before(progress.steps), *progress.steps, *progress.rows], key=lambda row: row["epoch"])
         write_text(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows), parents=False)
+        if not progress.rows:
+            return
         table = io.StringIO()
-        sheet = csv.DictWriter(table, list(progress.rows[0]) if progress.rows else [], lineterminator="\n")
+        sheet = csv.DictWriter(table, list(progress.rows[0]), lineterminator="\n")
         sheet.writeheader()
         sheet.writerows(progress.rows)
         write_text(self.folder / "summary.csv", table.getvalue(), parents=False)
+
+    def _before(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of steps in the log from before those that the progress has."""
+        path, found = self.folder / METRICS, []
+        if not steps or not path.exists():
+            return []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # half a line of a machine that stopped
+                row = json.loads(line)
+                if "batch" in row and (row["epoch"], row["batch"]) < (steps[0]["epoch"], steps[0]["batch"]):
+                    found.append(row)
+        return found
 
     def say(self, text: str) -> None:
         """Shown."""

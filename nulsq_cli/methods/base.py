@@ -230,7 +230,7 @@ def keep_positive(steps: Tensor) -> None:
     """Project steps in place: a gap may become small, a thousandth of its table's mean, but not close or invert.
 
     Args:
-        steps: (rows, N), any values; NaN stays NaN.
+        steps: (..., N), any values; NaN stays NaN.
     """
     if steps.shape[-1] == 1:
         steps.clamp_min_(SMALLEST_STEP)

@@ -73,7 +73,7 @@ NOTES: dict[str, Note] = {
                  "dw = g everywhere, dx = g inside the ends; a gets −a² if 2a errs least, +a² if a/2 does, 0 else",
                  "float64 derivation of every case of the decision, for squared and absolute errors",
          "the step a, by its own rule",
-         "as lsq; `paper` puts the largest magnitude at the last code, for inputs below 4 bits at twice "
+         "as lsq; `paper` divides the largest magnitude by the codes above zero, for inputs below 4 bits by "
          "that"),
     "lcq": Note("y = sign(x)·a·f⁻¹(round(S·f(|x|/a))/S) below the clip a; f is piecewise linear, its slopes a softmax of θ; "
                 "weights are normalised first and multiplied by their deviation afterwards",
@@ -99,6 +99,19 @@ NOTES: dict[str, Note] = {
                 "vectors computed by the authors' released code; with c tied to a equality with lsq",
          "the scales a and c, through a softplus",
          "both alike: of the least squared error (`lloyd`, `mse`) or of an even rule; `paper` is 0.9 of "
-         "the largest weight, for inputs the 95th percentile"),
+         "the largest weight, for inputs the 95th percentile of the magnitudes that are not zero"),
 }  # fmt: skip
 """Method -> its note; a method without one has a section without these lines."""
+
+EQUATIONS: dict[str, str] = {
+    "bin-reg": "loss + λ·Σ over layers and bins of the mean over the bin of (w − L)²; L the bin's level, which is moved, too",
+    "dampening": "loss + λ·Σ over layers of Σ (clip(w) − L)²; a sum over output channels and a mean over the rest, L a constant",
+    "freezing": "f ← m·[a change of code takes the last one back] + (1 − m)·f; f above the threshold: the code becomes the "
+                "rounded moving average of codes, and stays",
+    "plain": "task loss",
+    "kd": "task_weight·task loss + weight·T²·KL(softmax(teacher/T) ‖ softmax(student/T))",
+    "qkd": "labels; then both networks' kd loss against each other, each taking the other's logits as constants; then kd",
+    "profit": "kd in every phase; instability of a layer: the KL divergence of two Gaussians fitted to its output before and "
+              "after an update's change of codes, mean over channels and a moving average over updates",
+}  # fmt: skip
+"""Stabilizer or scheme -> its mathematics in plain text."""

@@ -154,9 +154,9 @@ def around_backward(grad: Tensor, negative: int) -> Tensor:
 
 
 def keep_positive(steps: Tensor, share: float, smallest: float) -> None:
-    """`base.keep_positive` for dense steps, (rows, N): one call for what is done after every update, for every table."""
-    rows, count = steps.shape
-    library().nulsq_keep_positive(steps.data_ptr(), rows, count, share, smallest)
+    """`base.keep_positive` for dense steps: one call for what is done after every update, for every table."""
+    count = steps.shape[-1]
+    library().nulsq_keep_positive(steps.data_ptr(), steps.numel() // count, count, share, smallest)
 
 
 def _threads(x: Tensor) -> int:

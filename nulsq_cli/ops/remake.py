@@ -51,7 +51,8 @@ def read_by_one_layer(ctx: Any) -> bool:
 def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
     """What is computed inside from these tensors, or from views of them, makes them again in its backward pass.
 
-    Those without a note from `made_by` are kept as usual. Compilers decide themselves what to make twice.
+    Those without a note from `made_by` are kept as usual. Compilers decide themselves what to make twice. What makes them
+    is told that a layer reads them, for `read_by_one_layer`: its backward pass has to write a new tensor.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()

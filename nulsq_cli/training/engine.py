@@ -22,7 +22,7 @@ from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, curvature, watch
 from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.order import reseed
-from nulsq_cli.training.state import State, misfit, split_anew
+from nulsq_cli.training.state import STEPS_KEPT, State, misfit, split_anew
 from nulsq_cli.training.watcher import SIGNALS, Signals, Watcher
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
@@ -121,6 +121,7 @@ class Trainer(State):
                 try:
                     self._train_epoch()
                     self._finish_epoch(started)
+                    self._stop_after_epoch()
                 except DivergedError as trouble:
                     self._go_back(trouble)
 
@@ -209,12 +210,13 @@ class Trainer(State):
         self.pair.update_rates(p.updates)
 
     def _note_step(self, images_per_second: float) -> None:
-        """A row of the metrics. It is part of the progress: a run that goes on or goes back has each once."""
+        """A row of the metrics. The newest are part of the progress: a run that goes on or goes back has each once."""
         p, rates = self.progress, self.pair.rates()
         p.steps.append({
             "epoch": p.epoch, "batch": p.batch, "batches": self.batches, "train_loss": p.loss_sum / p.batch,
             "lr_weights": rates[0], "lr_steps": rates[1], "images_per_second": round(images_per_second, 1),
         })  # fmt: skip
+        del p.steps[:-STEPS_KEPT]
         self.watcher.step(p.steps[-1])
 
     def _finish_epoch(self, started: float) -> None:
@@ -254,8 +256,7 @@ class Trainer(State):
         found = 0.0 * losses
         if not self.scaler.is_enabled():  # it meets infinite gradients by itself, with a smaller scale
             found = float(watch.one_number(self.model.parameters(), losses))
-        told = [float(number in self.signals.told) for number in SIGNALS]
-        numbers = torch.tensor([losses, found, *told], dtype=torch.float64)
+        numbers = torch.tensor([losses, found, *self._told()], dtype=torch.float64)
         losses, found, *told = self.world.reduce(numbers, "sum").tolist()
         self.progress.loss_sum += losses / self.world.size
         self.stopped_by = next((number for number, count in zip(SIGNALS, told, strict=True) if count), None)
@@ -292,6 +293,18 @@ class Trainer(State):
         self.watcher.say(f"  {note}")
         self.world.wait()
         self.save("recovery")  # so that a resumed run knows, too
+        self.watcher.write(self.progress)  # without what the epoch had logged
+
+    def _told(self) -> list[float]:
+        return [float(number in self.signals.told) for number in SIGNALS]
+
+    def _stop_after_epoch(self) -> None:
+        """For a signal that came while the epoch was evaluated: `last` has all of it."""
+        counts = self.world.reduce(torch.tensor(self._told()), "sum").tolist()
+        for number, count in zip(SIGNALS, counts, strict=True):
+            if count:
+                raise Interrupted(number, "interrupted; the checkpoint of this epoch was written",
+                                  fix="go on with the same command and --resume auto")  # fmt: skip
 
     def _stop_or_save(self) -> None:
         s, p = self.settings, self.progress

@@ -84,9 +84,12 @@ def warmup(wanted: int, epochs: int) -> int:
 
 
 def _at_once(options: dict[str, Any]) -> dict[str, Any]:
-    """With one call for all tensors, where the optimizer has that: there are many steps, of a few numbers each."""
+    """With one call for all tensors, where the optimizer has that: there are many steps, of a few numbers each.
+
+    Not for SGD: where the scaled loss of the first update overflows, torch's leaves its momentum unset.
+    """
     own = options.get("kwargs", {})
-    if options["opt"] not in ("adamw", "adam", "momentum", "sgd") or own.keys() & {"fused", "foreach", "differentiable"}:
+    if options["opt"] not in ("adamw", "adam") or own.keys() & {"fused", "foreach", "differentiable"}:
         return options
     return {**options, "kwargs": {**own, "fused": True}}
 

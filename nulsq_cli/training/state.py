@@ -28,6 +28,10 @@ def misfit(path: Path, reason: BaseException) -> InputError:
     return InputError(f"does not belong to this run: {what}", where=path, fix="restore the run's own, or start a new one with -o")
 
 
+STEPS_KEPT = 1000
+"""Rows of steps in a checkpoint; what a log interval of 1 would make of it has no end."""
+
+
 @dataclass
 class Progress:
     """Where a run stands; what a checkpoint stores besides tensors."""
@@ -38,7 +42,7 @@ class Progress:
     loss_sum: float = 0.0
     best: dict[str, Any] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per epoch
-    steps: list[dict[str, Any]] = field(default_factory=list)  # one per log interval
+    steps: list[dict[str, Any]] = field(default_factory=list)  # one per log interval, the newest ones
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

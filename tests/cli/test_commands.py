@@ -42,6 +42,7 @@ def test_finetune_leaves_what_the_contract_lists(run):
         assert (folder / name).is_file(), name
     assert json.loads((folder / "result.json").read_text()) == result
     assert "before training" in people and "nulsq eval" in people
+    assert "held out" in result["chosen_on"]
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".tmp")]
 
 

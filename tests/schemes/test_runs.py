@@ -13,8 +13,8 @@ from tests.processes import Process, nulsq, refused
 SMALL = ["schedule.epochs=1", "data.hold_out=0.5", "quant.calibration.samples=64", "bn.reestimate_samples=64",
          "data.batch_size=128", "checkpoint.recovery_steps=2"]  # fmt: skip
 CASES = {
-    "qkd": ["--kd-model-name", "self", "scheme.name=qkd", "schedule.epochs=3", "scheme.options.self_study=0.34",
-            "scheme.options.co_study=0.34"],
+    "qkd": ["--method", "lq-nets", "--bits", "3/3", "--kd-model-name", "self", "scheme.name=qkd", "schedule.epochs=3",
+            "scheme.options.self_study=0.34", "scheme.options.co_study=0.34"],
     "profit": ["--method", "duq", "--bits", "4/4", "--kd-model-name", "self", "scheme.name=profit", "--model-ema",
                "scheme.options={ladder: [5], float_epochs: 0, parts: 2}"],
 }  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 import nulsq_cli
 from nulsq_cli import files, recipe
 from nulsq_cli.errors import InputError, UsageError
+from nulsq_cli.jobs.logs import Logs
 from nulsq_cli.training import checkpoint
+from nulsq_cli.training.state import STEPS_KEPT, Progress
 from tests import metrics, processes
 
 SHORT = ("schedule.epochs=2", "quant.calibration.samples=64", "bn.reestimate_samples=64", "data.hold_out=0.5",
@@ -203,6 +206,21 @@ def test_a_run_with_a_damaged_checkpoint_says_so_and_ends_the_same(run, tmp_path
     assert "last.safetensors: is truncated or damaged" in said and "resumed from previous.safetensors: epoch 2" in said
     assert (folder / "export/model.safetensors").read_bytes() == (run / "export/model.safetensors").read_bytes()
     assert metrics.rows(folder) == metrics.rows(run) and not list(folder.rglob("*.tmp"))
+
+
+def test_a_checkpoint_holds_the_newest_rows_and_the_log_the_others(tmp_path):
+    step = lambda n: {"epoch": n // 1000, "batch": n % 1000 + 1}  # noqa: E731
+    epochs = [{"epoch": n, "eval_top1": 1.0} for n in range(3)]
+    log = Logs(tmp_path, SimpleNamespace(step=lambda row: None), True)
+    for n in range(2500):
+        log.step(step(n))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "bat')  # the machine stopped
+    log.write(Progress(epoch=2, batch=400, rows=epochs[:2], steps=[step(n) for n in range(1400, 2400)]))
+    assert metrics.rows(tmp_path) == [*map(step, range(1000)), epochs[0], *map(step, range(1000, 2000)), epochs[1],
+                                      *map(step, range(2000, 2400))]  # fmt: skip
+    log.write(Progress())
+    assert metrics.rows(tmp_path) == [] and STEPS_KEPT == 1000
 
 
 def test_logs_that_a_kill_swallowed_are_written_again(run, tmp_path):

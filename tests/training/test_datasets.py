@@ -318,4 +318,4 @@ def test_the_digits_say_where_they_come_from():
     with np.load(str(path), allow_pickle=False) as data:
         said = " ".join(data["source"].tolist())
     assert all(word in said for word in ("Optical Recognition of Handwritten Digits", "scikit-learn", "CC BY 4.0"))
-    assert len(path.read_bytes()) < 200_000
+    assert len(path.read_bytes()) < 200_000 and (path.parent / "digits_resnet8.safetensors").stat().st_size < 500_000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 
 from nulsq_cli.calibrate import initialize, layers_to_measure, measure_inputs
 from nulsq_cli.convert import Policy, convert, make_plan
-from nulsq_cli.errors import DivergedError
+from nulsq_cli.errors import DivergedError, Interrupted
 from nulsq_cli.models import create_float_model
 from nulsq_cli.training import checkpoint, watch
 from nulsq_cli.training.engine import Settings, Trainer
@@ -57,6 +59,9 @@ class Logs(SimpleNamespace):
 
     def epoch(self, progress):
         self.rows, self.steps = progress.rows, progress.steps
+
+    def write(self, progress):
+        self.written = [(row["epoch"], row["batch"]) for row in progress.steps]
 
     def say(self, text):
         self.said.append(text)
@@ -172,6 +177,30 @@ def test_a_second_time_ends_the_run_with_everything_kept(tmp_path):
     for name in ("best", "last", "previous", "recovery"):
         tensors, _ = checkpoint.load(tmp_path / f"{name}.safetensors")
         assert all(torch.isfinite(v).all() for v in tensors["model"].values() if v.is_floating_point()), name
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_the_evaluation_of_the_last_epoch_is_obeyed(tmp_path, number, code):
+    t = trainer(tmp_path)
+    score = t.choose
+
+    def choose(model):
+        if t.progress.epoch == 2:
+            os.kill(os.getpid(), number)
+        return score(model)
+
+    t.choose = choose
+    with pytest.raises(Interrupted) as caught:
+        t.run()
+    assert caught.value.exit_code == code
+    assert checkpoint.load(tmp_path / "last.safetensors")[1]["progress"]["epoch"] == 3
+
+
+def test_the_logs_lose_the_steps_that_were_taken_back(tmp_path):
+    t = trainer(tmp_path, spoil_parameter, log_interval=1)
+    t.run()
+    assert t.watcher.written == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    assert [(row["epoch"], row["batch"]) for row in t.watcher.steps] == [(e, b) for e in range(3) for b in range(1, 5)]
 
 
 class Killed(BaseException):

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import nn
 
 from nulsq_cli.cli import launch
+from nulsq_cli.jobs.logs import Logs
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.training import checkpoint
+from nulsq_cli.training.optim import Pair
 from nulsq_cli.training.state import Progress, State, split_anew
-from nulsq_cli.training.world import join
+from nulsq_cli.training.world import World, join
 from nulsq_cli.values import QuantSpec
 from tests import metrics
 from tests.processes import CONTEXT, ROOT, Process
@@ -117,6 +119,25 @@ def test_a_step_on_two_half_batches_is_a_step_on_the_whole_batch(train):
     assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-6)
 
 
+def test_only_the_first_process_writes(tmp_path):
+    other = World(1, 2, torch.device("cpu"))
+    torch.manual_seed(0)
+    net = nn.Linear(2, 2)
+    options = {"opt": "sgd", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "filter_bias_and_bn": False}
+    pair = Pair(net, options, options, {"sched": "cosine", "warmup_epochs": 0, "warmup_lr": 0, "min_lr": 0}, 1, 1)
+    state = State(net, pair, other, tmp_path)
+    state.progress.rows, state.progress.steps = [{"epoch": 0}], [{"epoch": 0, "batch": 1}]
+    show = SimpleNamespace(step=lambda row: None, epoch=lambda row: None)
+    all_three = {"last.safetensors", "metrics.jsonl", "summary.csv"}
+    for world, written in ((other, set()), (World(0, 2, torch.device("cpu")), all_three)):
+        state.world = world
+        logs = Logs(tmp_path, show, world.primary)
+        state.save("last")
+        logs.step(state.progress.steps[0])
+        logs.epoch(state.progress)
+        assert {path.name for path in tmp_path.iterdir()} == written
+
+
 def share_statistics(variables, how, folder):
     """What one process does in the next test."""
     os.environ.update(variables)
@@ -202,11 +223,13 @@ def test_a_run_that_was_told_to_stop_goes_on_to_the_same_bytes(team, tmp_path):
         torch.testing.assert_close(last[0][group], last[1][group], rtol=0, atol=0)
 
 
-def test_when_one_is_killed_the_others_stop_and_any_number_goes_on(team, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_others_stop_and_any_number_goes_on(team, tmp_path, victim):
     killed = team(2, *LONG, "-o", tmp_path / "r")
     killed.processes[0].until(tmp_path / "r/checkpoints/recovery.safetensors")
-    killed.processes[1].send(signal.SIGKILL)
-    assert killed.codes(within=60) == [1, -9]  # what is promised: a minute
+    killed.processes[victim].send(signal.SIGKILL)
+    codes = killed.codes(within=60)  # what is promised: a minute
+    assert (codes[victim], codes[1 - victim]) == (-9, 1)
     assert killed.text("err").count("error:") == 1 and "another process of this run has ended" in killed.text("err")
     rest = team(1, *LONG, "-o", tmp_path / "r", "--resume", "auto")
     assert rest.codes() == [0], rest.text("err")
