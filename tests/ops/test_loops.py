@@ -60,6 +60,21 @@ def test_looking_up_is_bit_for_bit_the_eager_one(path, layout, count, eager):
         assert truth[0, 0, 0, 6].isnan() and path.lookup(x, levels, cuts)[0, 0, 0, 6].isnan()
 
 
+UNEVEN = st.sampled_from([0.0, 1e-7, 0.3, 0.6, 3.0])
+
+
+@given(st.integers(17, 256), st.floats(-3, 3), st.floats(1e-6, 1e3), UNEVEN, st.integers(0, 99))
+def test_large_tables_that_are_nearly_even_are_looked_up_exactly(count, start, step, uneven, seed):
+    """By a guess that may be off by one: at every threshold, and beside it."""
+    draw = torch.Generator().manual_seed(seed)
+    levels = ((torch.arange(count) + uneven * torch.rand(count, generator=draw)) * step + start).sort().values
+    cuts = codebook.midpoints(levels)
+    beside = [torch.nextafter(cuts, torch.full_like(cuts, sign * torch.inf)) for sign in (-1, 1)]
+    x = torch.cat((cuts, *beside, levels, levels * 1.001, torch.tensor([torch.inf, -torch.inf, 0.0, torch.nan, 3e38, -3e38])))
+    truth = torch.where(x.isnan(), x, codebook.decode(codebook.encode(x, cuts), levels))
+    assert torch.equal(native.lookup(x, levels, cuts).nan_to_num(7), truth.nan_to_num(7))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("count", [2, 3, 4, 8, 13, 16])
