@@ -61,8 +61,12 @@ class CheckFailedError(NulsqError):
     exit_code = 5
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where nothing waits for it: like SIGINT, but for its exit code."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, where nothing waits for them. Not KeyboardInterrupt: typer would end the process without a word."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 class Interrupted(NulsqError):

@@ -15,7 +15,7 @@ import typer
 
 from nulsq_cli.cli import bench, commands, compare, finetune, launch
 from nulsq_cli.cli.everywhere import Verbose, everywhere, together
-from nulsq_cli.errors import NulsqError, Terminated
+from nulsq_cli.errors import NulsqError, Stopped
 
 app = typer.Typer(
     name="nulsq", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -49,21 +49,32 @@ def main() -> None:
     """Run a command; every expected failure ends in two lines on stderr and its exit code."""
     arguments = sys.argv[1:]
     verbose = "-v" in arguments or "--verbose" in arguments
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        with _only_the_first_speaks():
+        with _only_the_first_speaks(), _signals_obeyed():
             app(args=together(arguments), prog_name="nulsq")
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, Stopped) as error:
         if verbose:
             traceback.print_exc()
         sys.exit(_end(error))
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
+@contextlib.contextmanager
+def _signals_obeyed() -> Iterator[None]:
+    """SIGINT and SIGTERM end a command with a sentence, while there is one."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _end(error: BaseException) -> int:
@@ -71,10 +82,8 @@ def _end(error: BaseException) -> int:
     code = 1
     if isinstance(error, NulsqError):
         text, code = f"error: {error}", error.exit_code
-    elif isinstance(error, KeyboardInterrupt):
-        text, code = "error: interrupted\n  fix: give the same command again; a run goes on with --resume auto", 130
-        if isinstance(error, Terminated):
-            code = 143
+    elif isinstance(error, Stopped):
+        text, code = "error: interrupted\n  fix: give the same command again; a run goes on with --resume auto", error.exit_code
     elif str(error).startswith("DataLoader worker"):  # torch's words for a loader process that died
         text = (f"error: the images cannot be read any more: {str(error).splitlines()[0].strip()}\n  fix: if memory ran out, use"
                 " fewer loaders with --workers; then give the same command again, a run's with --resume auto")  # fmt: skip
@@ -84,6 +93,8 @@ def _end(error: BaseException) -> int:
     if not launch.one_of_many():
         print(text, file=sys.stderr)
         return code
+    if isinstance(error, Stopped) and os.environ["RANK"] != "0":
+        return code  # the first is told as well, or says what became of this one
     from nulsq_cli.training import world
 
     if world.lost_another(error):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from nulsq_cli.errors import Terminated
+from nulsq_cli.errors import Stopped
 from nulsq_cli.training.state import Progress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -45,7 +45,7 @@ class Signals:
         """Called with each signal."""
         now = time.monotonic()
         if self.told and now - min(self.told.values()) >= self.echo_seconds:
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise Stopped(number)
         self.told.setdefault(number, now)
 
     @contextlib.contextmanager

@@ -121,6 +121,18 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert [row["batch"] for row in metrics.steps(cut)] == [2, 4, 6, 8, 10, 11, 1, 3, 5, 7, 9, 11]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_training_is_a_sentence_with_its_exit_code(tmp_path, number, code):
+    command, log = ["finetune", "quickstart", *FAST, "-o", tmp_path / "r"], tmp_path / "r/train.log"
+    process = Process(*command)
+    process.until(lambda: log.exists() and "Quantizing" in log.read_text())
+    process.send(number)
+    done = process.end()
+    assert done.returncode == code and done.stderr.startswith("error: interrupted") and done.stderr.count("\n") == 2
+    assert "--resume auto" in done.stderr
+    nulsq(*command, "--resume", "auto", "-q")
+
+
 def test_run_folders_are_protected(run):
     folder, _, _ = run
     refused("finetune", "quickstart", "-o", folder, code=2, words="already holds a run")
