@@ -220,6 +220,7 @@ RECIPES = {
     "more parts than epochs": "scheme: {name: profit, options: {parts: 1000000000}}\nteacher: {name: self}",
     "epochs": f"schedule: {{epochs: {'9' * 400}}}\nscheme: {{name: qkd}}\nteacher: {{name: self}}",
     "widths": "quant: {bits: ²/³}",
+    "no number in the arguments of others": "model: {kwargs: {a: [1, {b: .nan}]}}",
     "large": "#" * (1 << 18),
 }  # fmt: skip
 

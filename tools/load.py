@@ -172,10 +172,11 @@ def steps(place: Path, count: int, seed: int) -> None:
             last = lines
         time.sleep(0.05)
     finished(process)
-    tenth = max(len(samples) // 10, 1)
-    early, late = (statistics.median(mb for _, mb in part) for part in (samples[tenth : 2 * tenth], samples[-tenth:]))
-    print(f"{epochs * per_epoch} updates in {epochs} epochs; private memory of process and loader: {early:.1f} MB in the"
-          f" second tenth, {late:.1f} MB in the last, at most {max(mb for _, mb in samples):.1f} MB", flush=True)  # fmt: skip
+    size = max(len(samples) // 10, 1)
+    tenths = [statistics.median(mb for _, mb in samples[at : at + size]) for at in range(0, len(samples) - size + 1, size)]
+    early, late = tenths[min(1, len(tenths) - 1)], tenths[-1]
+    print(f"{epochs * per_epoch} updates in {epochs} epochs; private memory of process and loader, median of each tenth, MB: "
+          + " ".join(f"{mb:.1f}" for mb in tenths) + f"; at most {max(mb for _, mb in samples):.1f}", flush=True)  # fmt: skip
     require(late <= GROWTH * early, f"it does not grow (by more than {GROWTH - 1:.0%})")
 
 

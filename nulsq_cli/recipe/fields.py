@@ -74,6 +74,15 @@ def _ascending(pair: list[float]) -> list[float]:
     return pair
 
 
+def _comparable(value: Any) -> Any:
+    """A recipe with NaN would be another one each time it is read."""
+    if isinstance(value, float) and value != value:
+        raise ValueError("must hold numbers, got nan")
+    for inner in [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _comparable(inner)
+    return value
+
+
 def _pattern(text: str) -> str:
     if len(text) > 300:
         raise ValueError(f"must be a pattern of at most 300 characters, got {len(text)}")
@@ -87,6 +96,7 @@ def _pattern(text: str) -> str:
 
 Bits = Annotated[_Bits, BeforeValidator(_read_bits), PlainSerializer(str, return_type=str),
                  WithJsonSchema({"type": "string", "pattern": "^([2-8]|32)/([2-8]|32)$"})]  # fmt: skip
+Options = Annotated[dict[str, Any], AfterValidator(_comparable)]
 MethodName = Annotated[str, _one_of("method", METHODS)]
 StabilizerName = Annotated[str, _one_of("stabilizer", STABILIZERS)]
 RuleName = Annotated[str, _one_of("initializer", INITIALIZER_NAMES)]

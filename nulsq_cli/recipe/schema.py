@@ -20,6 +20,7 @@ from nulsq_cli.recipe.fields import (
     MethodName,
     Name,
     Number,
+    Options,
     Percent,
     Positive,
     Range,
@@ -87,7 +88,7 @@ class Model(Section):
     initial_checkpoint: str | None = None
     num_classes: Count | None = None
     in_chans: Count | None = None
-    kwargs: dict[str, Any] = {}
+    kwargs: Options = {}
 
 
 class Teacher(Section):
@@ -104,7 +105,7 @@ class Scheme(Section):
     """How training is divided into phases: plain, kd, qkd or profit. null: kd where there is a teacher."""
 
     name: SchemeName | None = None
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class Augment(Section):
@@ -227,7 +228,7 @@ class Quant(Section):
     signed: AutoOrBool = "auto"
     first_last: FirstLast = FirstLast()
     calibration: Calibration = Calibration()
-    options: dict[str, Any] = {}
+    options: Options = {}
     stabilizers: list[Stabilizer] = []
     rules: list[Rule] = []
 
@@ -241,7 +242,7 @@ class Weights(Section):
     momentum: Share = 0.9
     filter_bias_and_bn: bool = True
     layer_decay: Positive | None = None
-    kwargs: dict[str, Any] = {}
+    kwargs: Options = {}
 
 
 class Steps(Section):
@@ -251,7 +252,7 @@ class Steps(Section):
     lr: Rate = 1e-3
     weight_decay: Rate = 0.0
     momentum: Share = 0.9
-    kwargs: dict[str, Any] = {}
+    kwargs: Options = {}
 
 
 class Optimizer(Section):
