@@ -145,14 +145,14 @@ def files(place: Path, count: int, seed: int) -> None:
 
 
 def private_memory(processes: list[int]) -> float:
-    """MB that belong to these processes alone."""
+    """MB that these processes alone have written; pages of libraries are theirs or not as other programs come and go."""
     total = 0
     for process in processes:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
     return total / 1000
 
 
