@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["finetune", "quickstart", "data.validation_batch_size=500", "quant.calibration.samples=256",
           "bn.reestimate_samples=256", "engine.device=cpu", "--resume", "auto", "-q"]  # fmt: skip
-GROWTH = 1.02
+GROWTH = 1.1
 """How much more memory the last tenth of a long run may hold than its second tenth."""
 
 
