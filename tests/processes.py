@@ -6,6 +6,7 @@ once and is forked for every `nulsq`; `fresh=True` starts a new interpreter inst
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -94,7 +95,9 @@ class Process:
     def end(self, within=LIMIT):
         """Wait for its end, for at most this many seconds."""
         if self.fresh:
-            code = self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(within)
+            code = self.process.returncode
         else:
             self.process.join(within)
             code = self.process.exitcode

@@ -259,7 +259,7 @@ class Trainer(State):
         numbers = torch.tensor([losses, found, *self._told()], dtype=torch.float64)
         losses, found, *told = self.world.reduce(numbers, "sum").tolist()
         self.progress.loss_sum += losses / self.world.size
-        self.stopped_by = next((number for number, count in zip(SIGNALS, told, strict=True) if count), None)
+        self._obey(told)
         if not math.isfinite(found):
             self._diverged("the gradients are not finite")
 
@@ -296,15 +296,22 @@ class Trainer(State):
         self.watcher.write(self.progress)  # without what the epoch had logged
 
     def _told(self) -> list[float]:
+        """Which signals this process was sent."""
         return [float(number in self.signals.told) for number in SIGNALS]
+
+    def _obey(self, told: list[float]) -> None:
+        """Take the signal that anybody was sent: the sums of `_told` over all processes."""
+        self.stopped_by = next((number for number, count in zip(SIGNALS, told, strict=True) if count), None)
+
+    def _interrupt(self, what: str) -> NoReturn:
+        raise Interrupted(self.stopped_by, f"interrupted; {what} was written",
+                          fix="go on with the same command and --resume auto")  # fmt: skip
 
     def _stop_after_epoch(self) -> None:
         """For a signal that came while the epoch was evaluated: `last` has all of it."""
-        counts = self.world.reduce(torch.tensor(self._told()), "sum").tolist()
-        for number, count in zip(SIGNALS, counts, strict=True):
-            if count:
-                raise Interrupted(number, "interrupted; the checkpoint of this epoch was written",
-                                  fix="go on with the same command and --resume auto")  # fmt: skip
+        self._obey(self.world.reduce(torch.tensor(self._told()), "sum").tolist())
+        if self.stopped_by is not None:
+            self._interrupt("the checkpoint of this epoch")
 
     def _stop_or_save(self) -> None:
         s, p = self.settings, self.progress
@@ -318,5 +325,4 @@ class Trainer(State):
         self.save("recovery")
         if stopped:
             self.world.wait()
-            raise Interrupted(self.stopped_by, "interrupted; a recovery checkpoint was written",
-                              fix="go on with the same command and --resume auto")  # fmt: skip
+            self._interrupt("a recovery checkpoint")

@@ -97,7 +97,7 @@ def test_clipping_holds_the_weights_back_and_not_the_steps(tmp_path):
         states.append(checkpoint.load(tmp_path / str(epochs) / "checkpoints/last.safetensors")[0]["model"])
     moved = {name: float((states[1][name] - value).abs().max()) for name, value in states[0].items() if value.is_floating_point()}
     assert 0 < moved["layer1.0.conv1.weight"] < 1e-5 and moved["bn1.weight"] < 1e-5
-    assert moved["layer1.0.conv1.weight_quantizer.gaps"] > 1e-4 and moved["layer1.0.conv1.input_quantizer.gaps"] > 1e-4
+    assert moved["layer1.0.conv1.weight_quantizer.gaps"] > 1e-3 and moved["layer1.0.conv1.input_quantizer.gaps"] > 1e-4
 
 
 def pair(weights=None, steps=None, schedule=None):
