@@ -11,9 +11,11 @@ TOOL = Path(__file__).parents[1] / "tools/chaos.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_three_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_three_kills_change_nothing(tmp_path, threads):
     command = [sys.executable, TOOL, "--kills", "3", "--most", "2", "--aimed", "0.7", "--seed", "5", "--folder", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}  # waiting must not keep a core busy
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("3 kills in") and done.stdout.endswith("0 did not\n")
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ SOMETHING = "(the gradients are not finite|the loss became nan)"  # the loops ha
 STEPS = "layer2.0.conv1.weight_quantizer"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Everything here is tiny, and a busy machine lets several threads wait for each other."""
     before = torch.get_num_threads()
