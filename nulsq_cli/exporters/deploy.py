@@ -94,7 +94,7 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
         _refuse(path, "codes differ from those of the packed file in", broken)
         if options.grid == "int8":
             for runtime, layers in layer_proof.wrong_layers(onnx_model, network, _small_runs(target)).items():
-                _refuse(path, f"{runtime} does not compute the integers of", layers)
+                _refuse(path, f"{runtime} does not compute the integers of", layers, options.reach)
         whole = sum(x.integer for x in network.layers.values())
         say("  codes equal" + (f", {whole} layers equal integer by integer" if options.grid == "int8" else ""))
         trial, shares, doubts = _trial(target, file, path, material.few, len(network.layers))
@@ -118,10 +118,11 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
             timed = _latency(target, content, traced, artifact, material, rounds)
         except Exception as reason:  # the file is good and written; each runtime has classes of its own
             doubts.append(f"latency was not measured: {first_line(reason)}")
-    return {"path": str(path), "format": target, "bytes": written, "grid": options.grid, "act": options.act,
-            "range": options.reach, "float_layers": float_layers(network) if options.grid == "int8" else list(network.by_path),
-            "wide_layers": wide_layers(network), "verified": verified, "latency": timed,
-            "images": "real" if material.real else "noise", "doubts": doubts}  # fmt: skip
+    result = {"path": str(path), "format": target, "bytes": written, "grid": options.grid, "act": options.act,
+              "range": options.reach, "float_layers": float_layers(network) if options.grid == "int8" else list(network.by_path),
+              "wide_layers": wide_layers(network), "verified": verified, "latency": timed,
+              "images": "real" if material.real else "noise"}  # fmt: skip
+    return {**result, "warnings": doubts + _warnings(result)}
 
 
 def wide_layers(network: Network) -> list[str]:
@@ -139,7 +140,10 @@ def _as_target(target: str, content: bytes, folder: Path) -> Path:
     else:
         import openvino as ov
 
-        ov.save_model(runtimes.openvino_core().read_model(content), str(file), compress_to_fp16=False)
+        model = runtimes.openvino_core().read_model(content)
+        for name, value in runtimes.AS_WRITTEN.items():
+            model.set_rt_info(str(value), ["runtime_options", name])
+        ov.save_model(model, str(file), compress_to_fp16=False)
     return file
 
 
@@ -158,11 +162,11 @@ def _small_runs(target: str) -> dict[str, Callable[[bytes], runtimes.Run]]:
             runtimes.OPTIMIZERS_ON: lambda content: runtimes.onnxruntime(content, threads=1)}  # fmt: skip
 
 
-def _refuse(path: Path, what: str, layers: list[str]) -> None:
+def _refuse(path: Path, what: str, layers: list[str], reach: int = 7) -> None:
     if layers:
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        raise CheckFailedError(f"{what} {', '.join(layers[:3])}{more}", where=path,
-                               fix="nothing was written; on processors without VNNI use --range 7")  # fmt: skip
+        way_out = "use --range 7, which processors without VNNI need" if reach > 7 else "try --grid float"
+        raise CheckFailedError(f"{what} {', '.join(layers[:3])}{more}", where=path, fix=f"nothing was written; {way_out}")
 
 
 def _trial(target: str, file: Path, path: Path, few: int, layers: int) -> tuple[Trial, dict[str, float], list[str]]:
@@ -216,9 +220,9 @@ def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, ma
     return found
 
 
-def warnings_of(result: dict[str, Any]) -> list[str]:
+def _warnings(result: dict[str, Any]) -> list[str]:
     """What a user has to know before using the file, one sentence each."""
-    found = list(result["doubts"])
+    found = []
     own = OWN[result["format"]][0]
     shares = result["verified"]["integer_layers"]
     if result["images"] == "noise":

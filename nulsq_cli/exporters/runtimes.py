@@ -22,6 +22,10 @@ Run = Callable[[Tensor], Tensor]
 INTEGER_OPERATORS = {"QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"}
 """What ONNX Runtime calls a layer that multiplies bytes."""
 
+AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""OpenVINO on processors with VNNI would round the input of a linear layer that it computes in float to 8 bits of its own, and
+without f32 those with bf16 would round everything. The first setting travels in OpenVINO's own file, the second cannot."""
+
 OPTIMIZERS_OFF, OPTIMIZERS_ON, OPENVINO = "onnxruntime, optimizers off", "onnxruntime", "openvino"
 
 
@@ -67,7 +71,7 @@ def openvino_core() -> Any:
 
 def openvino(content: bytes | Path, *, threads: int = 0) -> tuple[Run, object]:
     """(a compiled model on the processor, OpenVINO's own object of it)."""
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, **AS_WRITTEN}
     if threads:
         settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     core = openvino_core()

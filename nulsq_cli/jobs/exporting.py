@@ -60,8 +60,7 @@ def export_for_runtime(target: str, to: str, path: Path | None, *, grid: str, ac
     show.heading(f"{packed} to {to}")
     show.say(f"  {words}")
     found = deploy.deploy(to, model, read, path, options, material, rounds=rounds, say=show.say)
-    found |= _sizes(read, found["bytes"])
-    return {**found, "warnings": deploy.warnings_of(found)}
+    return found | _sizes(read, found["bytes"])
 
 
 def _material(read: artifact.Artifact, data_dir: str | None, samples: int | None) -> tuple[Any, str]:
