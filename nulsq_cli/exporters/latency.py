@@ -6,7 +6,6 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,16 +34,15 @@ def in_turns(runs: dict[Name, Run], images: Tensor, rounds: int) -> dict[Name, f
     return {name: statistics.median(found) for name, found in times_in_turns(runs, images, rounds).items()}
 
 
-def compare(start: Callable[[bytes], Run], files: dict[str, bytes], images: Tensor, rounds: int) -> dict[str, Any]:
-    """Milliseconds per call and ratios to `float32`, for files of the same runtime.
+def compare(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, Any]:
+    """Milliseconds per call and ratios to `float32`, for files in the same runtime.
 
     Args:
-        start: makes a run from a file, on one thread.
-        files: by name; `float32` is what the others are compared with.
+        runs: by name, on one thread; `float32` is what the others are compared with.
         images: one batch.
         rounds: how often each is timed.
     """
-    found = in_turns({name: start(content) for name, content in files.items()}, images, rounds)
+    found = in_turns(runs, images, rounds)
     return {name: {"ms": ms, "ratio": ms / found["float32"]} for name, ms in found.items()}
 
 

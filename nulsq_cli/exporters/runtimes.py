@@ -26,7 +26,8 @@ AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 """OpenVINO on processors with VNNI would round the input of a linear layer that it computes in float to 8 bits of its own, and
 without f32 those with bf16 would round everything. The first setting travels in OpenVINO's own file, the second cannot."""
 
-OPTIMIZERS_OFF, OPTIMIZERS_ON, OPENVINO = "onnxruntime, optimizers off", "onnxruntime", "openvino"
+OPTIMIZERS_OFF, OPTIMIZERS_ON = "onnxruntime, optimizers off", "onnxruntime"
+OPENVINO, OPENVINO_FIXED = "openvino", "openvino, batch fixed"
 
 
 def here(name: str) -> bool:
@@ -69,16 +70,33 @@ def openvino_core() -> Any:
     return ov.Core()
 
 
-def openvino(content: bytes | Path, *, threads: int = 0) -> tuple[Run, object]:
-    """(a compiled model on the processor, OpenVINO's own object of it)."""
+def openvino(content: bytes | Path, *, threads: int = 0, fixed: bool = False) -> tuple[Run, object]:
+    """(a compiled model on the processor, OpenVINO's own object of it).
+
+    Args:
+        content: the file, or where it is.
+        threads: 0 leaves the choice to the runtime.
+        fixed: compile for each batch size that comes, of which OpenVINO fuses more, instead of once for all; the object is
+            that for one image.
+    """
     settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, **AS_WRITTEN}
     if threads:
         settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     core = openvino_core()
-    model = core.read_model(content if isinstance(content, bytes) else str(content))
-    compiled = core.compile_model(model, "CPU", settings)
-    request = compiled.create_infer_request()
-    return lambda images: torch.from_numpy(np.array(request.infer({0: images.numpy()})[0])), compiled
+
+    @cache
+    def request(batch: int | None) -> Any:
+        model = core.read_model(content if isinstance(content, bytes) else str(content))
+        if batch is not None:
+            shape = model.inputs[0].partial_shape
+            shape[0] = batch
+            model.reshape(shape)
+        return core.compile_model(model, "CPU", settings).create_infer_request()
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(np.array(request(len(images) if fixed else None).infer({0: images.numpy()})[0]))
+
+    return run, request(1 if fixed else None).get_compiled_model()
 
 
 def integer_layers_of_onnxruntime(content: bytes | Path) -> int:
