@@ -178,8 +178,12 @@ def read_run(folder: Path) -> Run:
     return Run(folder, recipe.load(folder / "recipe.yaml"), Plan.from_json(read_json(plan)) if plan.exists() else None)
 
 
+KINDS = {".safetensors": "artifact", ".onnx": "onnx", ".xml": "openvino"}
+"""What a file is, by its suffix."""
+
+
 def kind_of(target: str) -> str:
-    """`run`, `artifact` or `onnx`.
+    """`run`, `artifact`, or `onnx` and `openvino` for exported files.
 
     Raises:
         InputError: there is nothing of that name.
@@ -188,12 +192,10 @@ def kind_of(target: str) -> str:
     path = Path(target)
     if path.is_dir():
         return "run"
-    if path.suffix == ".safetensors" and path.is_file():
-        return "artifact"
-    if path.suffix == ".onnx" and path.is_file():
-        return "onnx"
     if path.is_file():
-        raise UsageError("is neither a run folder nor a packed .safetensors file nor an exported .onnx file", where=target,
+        if path.suffix in KINDS:
+            return KINDS[path.suffix]
+        raise UsageError("is no run folder, no packed .safetensors file and no exported .onnx or .xml file", where=target,
                          fix="for a float checkpoint: nulsq eval --model NAME --initial-checkpoint FILE")  # fmt: skip
     raise InputError("does not exist", where=target, fix="see `nulsq ls runs`")
 
@@ -205,23 +207,23 @@ def target_model(
 
     Args:
         target: what the user named.
-        runtime: that an exported file is run in; None is ONNX Runtime.
+        runtime: that an exported file is run in; None is the first that reads it.
 
     Raises:
         UsageError: a runtime that is not installed, or for a target that needs none.
         InputError: the target is missing or damaged.
     """
     kind = kind_of(target)
-    if runtime is not None and kind != "onnx":
-        raise UsageError("is no exported file: it is evaluated in torch", where=target, fix="leave out --runtime")
-    if kind == "onnx":
-        exporters.need(runtime or "onnxruntime")
+    if kind in exporters.EXPORTED:
+        engine = exporters.runtimes_of(kind, [runtime] if runtime else [], target)[0]
         from nulsq_cli.exporters import exported
 
         file = exported.read(Path(target))
         stored = file.meta.get("recipe")
-        model = exported.Deployed(file.run(runtime or "onnxruntime"), file.meta["num_classes"])
+        model = exported.Deployed(file.run(engine), file.meta["num_classes"], engine)
         return model.eval(), kind, recipe.loads(stored) if stored else None, file.meta["data_cfg"]
+    if runtime is not None:
+        raise UsageError("is no exported file: it is evaluated in torch", where=target, fix="leave out --runtime")
     if kind == "artifact":
         model, packed = artifact.load(Path(target))
         stored = packed.meta.get("recipe")

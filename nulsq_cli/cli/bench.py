@@ -12,7 +12,7 @@ from nulsq_cli.errors import UsageError
 
 
 def bench(
-    targets: Annotated[list[str], typer.Argument(help="Runs, packed files, exported ONNX files.")],
+    targets: Annotated[list[str], typer.Argument(help="Runs, packed files, exported files.")],
     runtime: Annotated[list[str] | None, typer.Option("--runtime", help="For ONNX files: onnxruntime, openvino; may be repeated; "
                                                                         "default: all that are here.")] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of every engine.")] = 1,

@@ -25,7 +25,7 @@ def evaluate(
     std: Annotated[str | None, typer.Option("--std", metavar="FLOAT...", help="Deviation of each channel.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per batch.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = None,
-    runtime: Annotated[str | None, typer.Option("--runtime", help="Of an ONNX file: onnxruntime (default) or openvino.")] = None,
+    runtime: Annotated[str | None, typer.Option("--runtime", help="For an ONNX file: onnxruntime (default) or openvino.")] = None,
     min_top1: Annotated[float | None, typer.Option("--min-top1", help="Exit with 5 below this accuracy.")] = None,
     as_json: Json = False, quiet: Quiet = False, no_color: NoColor = False,
 ) -> None:  # fmt: skip
@@ -68,10 +68,10 @@ def export(
 ) -> None:  # fmt: skip
     """Write a run as a packed file, or for a runtime, and prove that it computes the same."""
     from nulsq_cli.errors import pick
-    from nulsq_cli.exporters import EXPORTERS
+    from nulsq_cli.exporters import EXPORTED, EXPORTERS
 
     pick(EXPORTERS, to, "export target")
-    if run.is_file() and run.suffix == ".onnx":
+    if run.is_file() and run.suffix in {EXPORTERS[kind].suffix for kind in EXPORTED}:
         raise UsageError("is an exported file already", where=run, fix="name the run, or its export/model.safetensors")
     if run.is_file() and to == "safetensors":
         raise UsageError("is a packed file already, or none; --to safetensors packs a run", where=run,

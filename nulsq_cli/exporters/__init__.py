@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -43,8 +44,11 @@ EXPORTERS: dict[str, Exporter] = {
     "openvino": Exporter("integers for OpenVINO, as its own IR", ".xml", "where", ("onnx", "openvino"), "openvino"),
 }
 
+EXPORTED = ("onnx", "openvino")
+"""The kinds of files that a runtime computes."""
+
 RUNTIMES: dict[str, Exporter] = {"onnxruntime": EXPORTERS["onnx"], "openvino": EXPORTERS["openvino"]}
-"""What runs an exported ONNX file, by name."""
+"""What runs an exported file, by name: an ONNX file any of them, OpenVINO's own file the second."""
 
 
 def need(runtime: str) -> None:
@@ -59,3 +63,25 @@ def need(runtime: str) -> None:
 def installed() -> list[str]:
     """The runtimes that are here."""
     return [name for name, line in RUNTIMES.items() if all(find_spec(module) for module in line.needs)]
+
+
+def runtimes_of(kind: str, asked: Sequence[str], where: object) -> list[str]:
+    """The runtimes that are to run an exported file; all are installed.
+
+    Args:
+        kind: of `EXPORTED`.
+        asked: what the user named; empty takes all that read such a file and are here.
+        where: the file, for complaints.
+
+    Raises:
+        UsageError: one that does not exist, is not here or does not read such a file; or none is here.
+    """
+    readers = list(RUNTIMES) if kind == "onnx" else [kind]
+    for name in asked:
+        need(name)
+    found = [name for name in asked or installed() if name in readers]
+    if asked and not found:
+        raise UsageError(f"is OpenVINO's own file, which {asked[0]} does not read", where=where, fix="leave out --runtime")
+    if not found:
+        need(readers[0])
+    return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from nulsq_cli.errors import CheckFailedError, UsageError, first_line, pick
 from nulsq_cli.exporters import EXPORTERS, layer_proof, runtimes
 from nulsq_cli.exporters.latency import compare, static_int8
 from nulsq_cli.exporters.lower import Network, Options, float_layers, lower
-from nulsq_cli.exporters.onnx_file import build, check_operators
+from nulsq_cli.exporters.onnx_file import METADATA, build, check_operators
 from nulsq_cli.exporters.proof import LEAST_SHARE, Trial
 from nulsq_cli.exporters.trace import Traced, trace
 from nulsq_cli.exporters.twin import Twin, settle
@@ -89,7 +90,7 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
     onnx_model = build(network, artifact, size)
     content = onnx_model.SerializeToString()
     with tempfile.TemporaryDirectory() as folder:
-        file = _as_target(target, content, Path(folder))
+        file = as_target(target, onnx_model, Path(folder))
         broken = layer_proof.wrong_codes(onnx_model, network)
         _refuse(path, "codes differ from those of the packed file in", broken)
         if options.grid == "int8":
@@ -132,18 +133,19 @@ def wide_layers(network: Network) -> list[str]:
     return [x.site.layer for x in network.layers.values() if x.integer and x.weights.offset]
 
 
-def _as_target(target: str, content: bytes, folder: Path) -> Path:
+def as_target(target: str, model: onnx.ModelProto, folder: Path) -> Path:
     """The finished file in a folder of its own."""
     file = folder / f"model{EXPORTERS[target].suffix}"
     if target == "onnx":
-        file.write_bytes(content)
+        file.write_bytes(model.SerializeToString())
     else:
         import openvino as ov
 
-        model = runtimes.openvino_core().read_model(content)
+        read = runtimes.openvino_core().read_model(model.SerializeToString())
+        read.set_rt_info(model.metadata_props[0].value, METADATA)
         for name, value in runtimes.AS_WRITTEN.items():
-            model.set_rt_info(str(value), ["runtime_options", name])
-        ov.save_model(model, str(file), compress_to_fp16=False)
+            read.set_rt_info(str(value), ["runtime_options", name])
+        ov.save_model(read, str(file), compress_to_fp16=False)
     return file
 
 

@@ -14,7 +14,7 @@ from nulsq_cli.artifact import Artifact
 from nulsq_cli.errors import InputError, first_line
 from nulsq_cli.exporters import runtimes
 from nulsq_cli.exporters.lower import Options, lower
-from nulsq_cli.exporters.onnx_file import build, check_operators
+from nulsq_cli.exporters.onnx_file import METADATA, build, check_operators
 from nulsq_cli.exporters.trace import trace
 
 LARGEST_SIDE = 1 << 16
@@ -22,7 +22,7 @@ LARGEST_SIDE = 1 << 16
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file of ours: `meta` is what it says of itself, checked."""
+    """A file of ours for a runtime: `meta` is what it says of itself, checked."""
 
     path: Path
     meta: dict[str, Any]
@@ -37,21 +37,15 @@ class Exported:
 
 
 def read(path: Path) -> Exported:
-    """Read what an ONNX file says of itself; its graph is left to the runtimes.
+    """Read what an exported file says of itself; its graph is left to the runtimes.
 
     Raises:
         InputError: missing, damaged, or none of ours.
     """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as reason:
-        raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
-    except Exception as reason:  # protobuf has a class of its own for this, under names that change
-        raise InputError("is truncated or no ONNX file", where=path) from reason
-    text = {p.key: p.value for p in model.metadata_props}.get("nulsq")
+    text, name = (_said_in_ir if path.suffix == ".xml" else _said_in_onnx)(path)
     if text is None:
-        raise InputError("is an ONNX file, but not one that nulsq wrote: it does not say how images are prepared", where=path,
-                         fix="write one with `nulsq export RUN --to onnx`")  # fmt: skip
+        raise InputError(f"is an {name}, but not one that nulsq wrote: it does not say how images are prepared", where=path,
+                         fix="write one with `nulsq export RUN`")  # fmt: skip
     try:
         meta = json.loads(text)
         sizes, optimizers = meta["data_cfg"]["input_size"], meta["session"]["disabled_optimizers"]
@@ -63,6 +57,25 @@ def read(path: Path) -> Exported:
         raise InputError(f"is damaged: what it says of itself cannot be used ({reason})", where=path,
                          fix="export the run again") from reason  # fmt: skip
     return Exported(Path(path), meta)
+
+
+def _said_in_onnx(path: Path) -> tuple[str | None, str]:
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as reason:
+        raise InputError(f"cannot be read: {reason.strerror or reason}", where=path) from reason
+    except Exception as reason:  # protobuf has a class of its own for this, under names that change
+        raise InputError("is truncated or no ONNX file", where=path) from reason
+    return {p.key: p.value for p in model.metadata_props}.get(METADATA), "ONNX file"
+
+
+def _said_in_ir(path: Path) -> tuple[str | None, str]:
+    try:
+        model = runtimes.openvino_core().read_model(str(path))
+    except Exception as reason:  # OpenVINO raises what C++ threw
+        raise InputError("is damaged or no model of OpenVINO, or its .bin file is not beside it", where=path,
+                         fix="export the run again") from reason  # fmt: skip
+    return model.get_rt_info(METADATA).astype(str) if model.has_rt_info(METADATA) else None, "OpenVINO model"
 
 
 def start(content: bytes | Path, runtime: str, threads: int, where: Any, session: dict[str, Any] | None = None, *,
@@ -95,11 +108,12 @@ class Deployed(nn.Module):
     Args:
         run: as `Exported.run` gives it.
         num_classes: how many outputs it has.
+        runtime: its name.
     """
 
-    def __init__(self, run: runtimes.Run, num_classes: int) -> None:
+    def __init__(self, run: runtimes.Run, num_classes: int, runtime: str) -> None:
         super().__init__()
-        self.run, self.num_classes = run, num_classes
+        self.run, self.num_classes, self.runtime = run, num_classes, runtime
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, classes)."""

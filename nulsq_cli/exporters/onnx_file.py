@@ -22,6 +22,10 @@ SESSION = {"disabled_optimizers": ["MatMulAddFusion"]}
 """Arguments of onnxruntime.InferenceSession: that optimizer would take linear maps out of the integers."""
 
 
+METADATA = "nulsq"
+"""The key under which a file says what it is."""
+
+
 def build(network: Network, artifact: Artifact, input_size: list[int]) -> onnx.ModelProto:
     """The file, in memory.
 
@@ -110,7 +114,7 @@ def _metadata(network: Network, artifact: Artifact) -> dict[str, str]:
         for layer in network.layers.values()
     }  # fmt: skip
     return {
-        "nulsq": json.dumps({
+        METADATA: json.dumps({
             "format": "nulsq-onnx", "arch": meta["arch"], "arch_kwargs": meta.get("arch_kwargs", {}),
             "num_classes": meta["num_classes"], "data_cfg": meta["data_cfg"],
             "bits": meta["bits"], "method": meta["method"], "grid": options.grid, "act": options.act, "range": options.reach,

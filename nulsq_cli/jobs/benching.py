@@ -58,7 +58,7 @@ class Network:
 
 @dataclass
 class Entry:
-    """One network in one engine. `kind` is float, run, artifact, onnx or static int8."""
+    """One network in one engine. `kind` is float, run, artifact, onnx, openvino or static int8."""
 
     target: str
     kind: str
@@ -72,7 +72,7 @@ def bench(targets: Sequence[str], timing: Timing, *, show: Any) -> dict[str, Any
     """Time all targets in turns within one process, each engine's float network among them.
 
     Args:
-        targets: runs, packed files, exported ONNX files.
+        targets: runs, packed files, exported files.
         timing: how.
         show: for people.
 
@@ -108,7 +108,8 @@ def _entries(targets: Sequence[str], timing: Timing, show: Any) -> list[Entry]:
             continue
         model = network.float_model()
         found.append(Entry(network.arch, "float", TORCH, network, model))
-        engines = dict.fromkeys(e for _, n, all_runs in read if n == network for kind, e, _ in all_runs if kind == "onnx")
+        engines = dict.fromkeys(e for _, n, all_runs in read if n == network for kind, e, _ in all_runs
+                                if kind in exporters.EXPORTED)  # fmt: skip
         found += _references(network, model, list(engines), timing)
     return sorted(found, key=lambda e: (e.network != found[0].network, e.runtime != TORCH, e.runtime, e.kind != "float"))
 
@@ -131,9 +132,8 @@ def _references(network: Network, model: nn.Module, engines: list[str], timing: 
 def _read(target: str, timing: Timing) -> tuple[str, Network, list[tuple[str, str, Callable[[Tensor], Tensor]]]]:
     """A target, what it is a form of, and the ways to run it as (kind, engine, function)."""
     kind = session.kind_of(target)
-    if kind == "onnx":
-        engines = timing.runtimes or exporters.installed() or ["onnxruntime"]
-        exporters.need(engines[0])
+    if kind in exporters.EXPORTED:
+        engines = exporters.runtimes_of(kind, timing.runtimes, target)
         from nulsq_cli.exporters import exported
 
         file = exported.read(Path(target))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nulsq_cli import artifact, recipe, session
 from nulsq_cli.convert import make_plan
 from nulsq_cli.errors import CheckFailedError, InputError, UsageError
+from nulsq_cli.exporters import EXPORTED
 from nulsq_cli.files import write_json
 from nulsq_cli.models import create_float_model, list_models
 from nulsq_cli.report import entropy as entropy_report
@@ -29,7 +30,7 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, run
         target: run folder or file; a name when `r` names a float model.
         r: a recipe for a float model; None for the other kinds, which carry their own.
         given: keys of the recipe's data section that the user gave instead.
-        runtime: that an exported file is run in; None is ONNX Runtime.
+        runtime: that an exported file is run in; None is the first that reads it.
     """
     if r is not None:
         model, kind, config, used = session.float_model(r), "float", None, r
@@ -50,7 +51,7 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, run
     with show.outcome():
         show.score(target, score.top1, score.top5, score.samples)
     found = {"target": target, "kind": kind, "top1": score.top1, "top5": score.top5, "loss": score.loss, "samples": score.samples}
-    return {**found, "runtime": runtime or "onnxruntime"} if kind == "onnx" else found
+    return {**found, "runtime": model.runtime} if kind in EXPORTED else found
 
 
 def check_top1(top1: float, least: float | None, where: Any) -> None:
@@ -138,7 +139,7 @@ def entropy(targets: list[str], folder: Path | None, *, show: Any) -> dict[str, 
     for target in targets:
         path = Path(target)
         kind = session.kind_of(target)
-        if kind == "onnx":
+        if kind in EXPORTED:
             raise UsageError("is an exported file; entropy is that of runs and packed files", where=target,
                              fix="name the run, or its export/model.safetensors")  # fmt: skip
         if kind == "run":

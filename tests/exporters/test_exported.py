@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from nulsq_cli import cli, exporters
 from nulsq_cli.errors import InputError, NulsqError, UsageError
 from nulsq_cli.exporters import exported
+from nulsq_cli.exporters.deploy import as_target
 from nulsq_cli.exporters.lower import Options, lower
 from nulsq_cli.exporters.onnx_file import build, check_operators
 from nulsq_cli.exporters.trace import trace
@@ -31,6 +32,13 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
     path.write_bytes(build(network, read, [3, 16, 16]).SerializeToString())
     return path
+
+
+@pytest.fixture(scope="module")
+def ir(file, tmp_path_factory):
+    """The same network as OpenVINO's own file."""
+    pytest.importorskip("openvino")
+    return as_target("openvino", onnx.load(file), tmp_path_factory.mktemp("ir"))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,37 @@ def test_an_exported_file_is_evaluated_as_it_computes(file, folder, runtime):
         loss += float(torch.nn.functional.cross_entropy(logits, target))
     assert found["top1"] == pytest.approx(100 * right / 12)
     assert found["loss"] == pytest.approx(loss / 12, rel=1e-3)
+
+
+def test_openvinos_own_file_is_evaluated_and_timed_like_the_onnx_file(ir, file, folder):
+    _, here = command("eval", ir, "--data-dir", folder, "--json")
+    _, there = command("eval", file, "--data-dir", folder, "--runtime", "openvino", "--json")
+    assert (here.pop("kind"), there.pop("kind")) == ("openvino", "onnx") and here.pop("target") != there.pop("target")
+    assert here["runtime"] == "openvino" and here["loss"] == pytest.approx(there["loss"], rel=1e-3) and here.pop("loss")
+    assert here == {key: there[key] for key in here}
+    code, found = command("bench", ir, "--batch-size", 1, "--rounds", 1, "--json")
+    assert code == 0
+    engines = sorted((r["runtime"], r["kind"]) for r in found["results"])
+    assert engines == [("openvino", "float"), ("openvino", "openvino"), ("torch", "float")]
+    for job in ("eval", "bench"):
+        code, said = command(job, ir, "--runtime", "onnxruntime")
+        assert code == 2 and "which onnxruntime does not read" in said
+    code, said = command("entropy", ir)
+    assert code == 2 and "is an exported file" in said
+    code, said = command("export", ir, "--to", "onnx")
+    assert code == 2 and "is an exported file already" in said
+
+
+def test_a_damaged_or_foreign_ir_is_refused_with_a_sentence(ir, tmp_path):
+    text = ir.read_text()
+    (tmp_path / "foreign.xml").write_text(text.replace("<nulsq", "<other"))
+    (tmp_path / "foreign.bin").write_bytes(ir.with_suffix(".bin").read_bytes())
+    for name, content in (("cut", text[: len(text) // 2]), ("alone", text)):
+        (tmp_path / f"{name}.xml").write_text(content)
+        with pytest.raises(InputError, match="damaged or no model of OpenVINO, or its .bin file is not beside it"):
+            exported.read(tmp_path / f"{name}.xml")
+    with pytest.raises(InputError, match="not one that nulsq wrote"):
+        exported.read(tmp_path / "foreign.xml")
 
 
 def test_the_default_runtime_and_the_gate(file, folder):
