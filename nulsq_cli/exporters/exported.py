@@ -27,13 +27,13 @@ class Exported:
     path: Path
     meta: dict[str, Any]
 
-    def run(self, runtime: str, threads: int = 0, *, fixed: bool = False) -> runtimes.Run:
-        """The file in a runtime, with the session options that it asks for; `fixed` as in `runtimes.openvino`.
+    def run(self, runtime: str, threads: int = 0) -> runtimes.Run:
+        """The file in a runtime, with the session options that it asks for.
 
         Raises:
             InputError: the runtime does not take it.
         """
-        return start(self.path, runtime, threads, self.path, self.meta["session"], fixed=fixed)
+        return start(self.path, runtime, threads, self.path, self.meta["session"])
 
 
 def read(path: Path) -> Exported:
@@ -78,8 +78,7 @@ def _said_in_ir(path: Path) -> tuple[str | None, str]:
     return model.get_rt_info(METADATA).astype(str) if model.has_rt_info(METADATA) else None, "OpenVINO model"
 
 
-def start(content: bytes | Path, runtime: str, threads: int, where: Any, session: dict[str, Any] | None = None, *,
-          fixed: bool = False) -> runtimes.Run:  # fmt: skip
+def start(content: bytes | Path, runtime: str, threads: int, where: Any, session: dict[str, Any] | None = None) -> runtimes.Run:
     """A network in a runtime.
 
     Args:
@@ -88,14 +87,13 @@ def start(content: bytes | Path, runtime: str, threads: int, where: Any, session
         threads: 0 leaves the choice to the runtime.
         where: for complaints.
         session: further arguments of ONNX Runtime's session.
-        fixed: as in `runtimes.openvino`.
 
     Raises:
         InputError: the runtime does not take it.
     """
     try:
         if runtime == "openvino":
-            return runtimes.openvino(content, threads=threads, fixed=fixed)[0]
+            return runtimes.openvino(content, threads=threads)[0]
         return runtimes.onnxruntime(content, threads=threads, **({} if session is None else {"session": session}))
     except Exception as reason:  # each runtime has classes of its own
         raise InputError(f"{runtime} does not take it: {first_line(reason)}", where=where,

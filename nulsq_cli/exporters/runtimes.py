@@ -27,7 +27,7 @@ AS_WRITTEN = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 without f32 those with bf16 would round everything. The first setting travels in OpenVINO's own file, the second cannot."""
 
 OPTIMIZERS_OFF, OPTIMIZERS_ON = "onnxruntime, optimizers off", "onnxruntime"
-OPENVINO, OPENVINO_FIXED = "openvino", "openvino, batch fixed"
+OPENVINO, OPENVINO_ANY = "openvino", "openvino, any batch"
 
 
 def here(name: str) -> bool:
@@ -70,14 +70,14 @@ def openvino_core() -> Any:
     return ov.Core()
 
 
-def openvino(content: bytes | Path, *, threads: int = 0, fixed: bool = False) -> tuple[Run, object]:
+def openvino(content: bytes | Path, *, threads: int = 0, any_batch: bool = False) -> tuple[Run, object]:
     """(a compiled model on the processor, OpenVINO's own object of it).
 
     Args:
         content: the file, or where it is.
         threads: 0 leaves the choice to the runtime.
-        fixed: compile for each batch size that comes, of which OpenVINO fuses more, instead of once for all; the object is
-            that for one image.
+        any_batch: compile once, with the batch left open; else for each size that comes, of which OpenVINO fuses more, and
+            the object is that for one image.
     """
     settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, **AS_WRITTEN}
     if threads:
@@ -88,15 +88,20 @@ def openvino(content: bytes | Path, *, threads: int = 0, fixed: bool = False) ->
     def request(batch: int | None) -> Any:
         model = core.read_model(content if isinstance(content, bytes) else str(content))
         if batch is not None:
-            shape = model.inputs[0].partial_shape
-            shape[0] = batch
-            model.reshape(shape)
+            fix_batch(model, batch)
         return core.compile_model(model, "CPU", settings).create_infer_request()
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.array(request(len(images) if fixed else None).infer({0: images.numpy()})[0]))
+        return torch.from_numpy(np.array(request(None if any_batch else len(images)).infer({0: images.numpy()})[0]))
 
-    return run, request(1 if fixed else None).get_compiled_model()
+    return run, request(None if any_batch else 1).get_compiled_model()
+
+
+def fix_batch(model: Any, batch: int) -> None:
+    """Make a model of OpenVINO one for batches of one size; it can be given another size again."""
+    shape = model.inputs[0].partial_shape
+    shape[0] = batch
+    model.reshape(shape)
 
 
 def integer_layers_of_onnxruntime(content: bytes | Path) -> int:

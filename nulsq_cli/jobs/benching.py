@@ -125,7 +125,7 @@ def _references(network: Network, model: nn.Module, engines: list[str], timing: 
     files = {"float": plain}
     if timing.static_int8:
         files["static int8"] = static_int8(plain, _images(network, 8))
-    return [Entry(network.arch, kind, engine, network, start(content, engine, timing.threads, network.arch, fixed=True))
+    return [Entry(network.arch, kind, engine, network, start(content, engine, timing.threads, network.arch))
             for engine in engines for kind, content in files.items()]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _read(target: str, timing: Timing) -> tuple[str, Network, list[tuple[str, st
 
         file = exported.read(Path(target))
         network = _network(target, file.meta, file.meta.get("arch_kwargs", {}))
-        return target, network, [(kind, engine, file.run(engine, timing.threads, fixed=True)) for engine in engines]
+        return target, network, [(kind, engine, file.run(engine, timing.threads)) for engine in engines]
     if kind == "artifact":
         model, packed = artifact.load(Path(target))
         return target, _network(target, packed.meta, packed.meta["arch_kwargs"]), [(kind, TORCH, model)]

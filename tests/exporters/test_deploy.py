@@ -70,6 +70,19 @@ def test_openvino_takes_integers_too(tmp_path):
     assert started.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
 
+def test_where_openvino_errs_with_the_batch_open_the_file_is_for_one_size(tmp_path, monkeypatch):
+    """As it does with ConvNeXt: no error is made up here, but its report."""
+    pytest.importorskip("openvino")
+    known = deploy.Trial.failures
+    monkeypatch.setattr(deploy.Trial, "failures", lambda self, names: known(self, names) + [n for n in names if "any" in n])
+    found = export("resnet8_cifar", tmp_path / "a.xml", target="openvino")
+    assert "the file is for batches of 1" in found["warnings"][1]
+    read = runtimes.openvino_core().read_model(str(tmp_path / "a.xml"))
+    assert list(read.inputs[0].shape) == [1, 3, *[NETS["resnet8_cifar"][1]] * 2]
+    run, x = runtimes.openvino(tmp_path / "a.xml")[0], images("resnet8_cifar", 3)
+    torch.testing.assert_close(run(x), torch.cat([run(one[None]) for one in x]))
+
+
 def test_the_float_form_computes_what_the_run_computes(tmp_path):
     found = export("resnet8_cifar", tmp_path / "a.onnx", grid="float")
     assert found["verified"]["twin_and_model"]["median_error"] < 1e-5
