@@ -133,6 +133,9 @@ def _pool(op: str) -> Callable[[Emit, fx.Node], str]:
             how["count_include_pad"] = int(_argument(n, "count_include_pad"))
         else:
             how["dilations"] = pair("dilation", [1, 1])
+            if (found := e.w.dequantized(e.of(n.args[0]))) is not None:  # the largest byte is that of the largest value
+                stored, scale, zero = found
+                return e.w.add("DequantizeLinear", e.w.add(op, stored, **how), scale, zero)
         return e.w.add(op, e.of(n.args[0]), **how)
 
     return emit

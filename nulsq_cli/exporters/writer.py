@@ -44,6 +44,11 @@ class Writer:
         self.nodes.append(helper.make_node(op, list(inputs), names, name=self.name(f"{near or 'nulsq'}/{op}"), **attributes))
         return names
 
+    def dequantized(self, name: str) -> tuple[str, str, str] | None:
+        """The bytes, the scale and the zero point that a value stands for; None if it is no such value."""
+        node = next((n for n in reversed(self.nodes) if name in n.output), None)
+        return tuple(node.input) if node is not None and node.op_type == "DequantizeLinear" and len(node.input) == 3 else None
+
     def constant(self, value: Any, kind: str | None = None, *, near: str = "c") -> str:
         """A constant by value: a tensor, a number or a list; small ones that are equal are stored once."""
         array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else np.asarray(value)

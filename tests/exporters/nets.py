@@ -44,6 +44,7 @@ def tiny_inverted(pretrained: bool = False, **kwargs: object) -> nn.Module:
 NETS = {
     "resnet8_cifar": ({}, 16),
     "tiny_inverted": ({}, 16),
+    "resnet18": ({"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}, 32),
     "vit_tiny_patch16_224": ({"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 24, "num_heads": 2}, 32),
     "swin_tiny_patch4_window7_224": ({"img_size": 32, "depths": (2,), "embed_dim": 16, "num_heads": (2,), "window_size": 4,
                                       "patch_size": 4}, 32),

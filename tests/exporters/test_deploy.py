@@ -19,6 +19,8 @@ from tests.exporters.nets import NETS, images, packed, quantized
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+import onnx
+
 from nulsq_cli.exporters import deploy, layer_proof, runtimes
 from nulsq_cli.exporters.onnx_file import build
 
@@ -47,6 +49,16 @@ def test_every_family_computes_in_integers_and_agrees_with_its_twin(arch, tmp_pa
     for name in ("onnxruntime", "onnxruntime, optimizers off"):
         assert verified["runtimes"][name]["samples"] == 24 and verified["runtimes"][name]["median_error"] < 2e-3
     assert {"samples", "max_abs_diff", "top1_agreement", "top1"} <= verified.keys()
+
+
+def test_the_largest_of_rounded_values_is_looked_for_among_bytes(tmp_path):
+    export("resnet18", tmp_path / "a.onnx")
+    model = onnx.load(tmp_path / "a.onnx")
+    producers = {output: node for node in model.graph.node for output in node.output}
+    pool = next(n for n in model.graph.node if n.op_type == "MaxPool")
+    rounded = producers[pool.input[0]]
+    after = next(n for n in model.graph.node if pool.output[0] in n.input)
+    assert rounded.op_type == "QuantizeLinear" and after.op_type == "DequantizeLinear" and after.input[1:] == rounded.input[1:]
 
 
 @pytest.mark.parametrize(("bits", "act", "more"), [
