@@ -10,15 +10,20 @@
 #include <limits>
 #include <vector>
 
-typedef float vec __attribute__((vector_size(32)));
-typedef int32_t mask __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+#define BYTES 64
+#else
+#define BYTES 32
+#endif
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef int32_t mask __attribute__((vector_size(BYTES)));
 
-static const int64_t LANES = 8, BLOCK = 4096;
+static const int64_t LANES = BYTES / sizeof(float), BLOCK = 4096;
 static const float INF = std::numeric_limits<float>::infinity();
 
 static inline vec load(const float *p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
-static inline vec all(float s) { return vec{s, s, s, s, s, s, s, s}; }
+static inline vec all(float s) { return s - vec{}; }
 static inline vec where(mask m, vec v) { return (vec)((mask)v & m); }
 static inline double lanes(vec v) { double s = 0; for (int j = 0; j < LANES; ++j) s += v[j]; return s; }
 
