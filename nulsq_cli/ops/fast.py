@@ -38,12 +38,12 @@ def use(wanted: bool, *, accelerators: bool = False) -> bool:
 @cache
 def _keep_freed_memory() -> None:
     """Quantized tensors are freed as soon as they were used. Where the C library hands their pages back to the system each
-    time, getting new ones for the next tensor takes as long as quantizing it."""
-    trim_threshold, mmap_threshold = -1, -3
+    time, getting new ones for the next tensor takes as long as quantizing it. (GNU limits the threshold for it to 32 MB.)"""
+    trim_threshold, mmap_max = -1, -4
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another library than GNU's has another way
         settings = ctypes.CDLL(None).mallopt
-        settings(mmap_threshold, 32 << 20)
-        settings(trim_threshold, 1 << 30)
+        settings(mmap_max, 0)
+        settings(trim_threshold, 2**31 - 1)
 
 
 def loops(x: Tensor, table: Tensor, *, grid: bool = False, trained: bool = False) -> ModuleType | None:
