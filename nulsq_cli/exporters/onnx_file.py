@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from nulsq_cli.artifact import Artifact
 from nulsq_cli.exporters import patterns
 from nulsq_cli.exporters.lower import Network
-from nulsq_cli.exporters.operators import OPERATORS, Emit, padding_of, unknown
+from nulsq_cli.exporters.operators import OPERATORS, Emit, padding_of, shape_of, unknown
 from nulsq_cli.exporters.trace import INPUT, MARK, Traced, aten
 from nulsq_cli.exporters.writer import Writer
 
@@ -76,7 +76,7 @@ def _emit(e: Emit, network: Network, node: fx.Node) -> None:
     if node.target is MARK:
         name: Any = e.of(node.args[0])
         if (inputs := network.inputs_of(node)) is not None:
-            name = patterns.quantized_input(e.w, name, inputs, whole=whole, name=node.args[1])
+            name = patterns.quantized_input(e.w, name, inputs, whole=whole, name=node.args[1], shape=shape_of(node))
     elif layer is not None:
         source, pads = node.args[0], None
         if source.target == aten.pad.default and len(source.users) == 1 and _spatial(source):

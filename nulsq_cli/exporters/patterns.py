@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import torch
 from torch import Tensor, fx
@@ -103,8 +105,8 @@ def exact_weight(w: Writer, layer: Layer) -> str:
     return w.add("Mul", found, w.constant(weights.per_output(layer.site.gain.float()), near=f"{name}.weight.gain"))
 
 
-def quantized_input(w: Writer, x: str, inputs: Inputs, *, whole: bool, name: str) -> str:
-    """An input as the level that it is rounded to."""
+def quantized_input(w: Writer, x: str, inputs: Inputs, *, whole: bool, name: str, shape: Sequence[int | torch.SymInt]) -> str:
+    """An input as the level that it is rounded to; `shape` is its own, of which the batch may be open."""
     if not whole and inputs.form == "where":
         return _chain(w, x, inputs.levels, "float32", inputs.thresholds)
     scale, zero = w.constant(inputs.scale, "float32"), w.constant(inputs.zero, "uint8")
@@ -116,7 +118,7 @@ def quantized_input(w: Writer, x: str, inputs: Inputs, *, whole: bool, name: str
     else:
         cell, middle = w.constant(inputs.cell, "float32"), w.constant(inputs.cell_zero, "uint8")
         cells = w.add("QuantizeLinear", x, cell, middle, near=f"{name}.input")
-        y = _sum(w, cells, inputs) if inputs.form == "sum8" else _table(w, cells, inputs)
+        y = _sum(w, cells, inputs) if inputs.form == "sum8" else _table(w, cells, inputs, shape)
     return w.add("DequantizeLinear", y, scale, zero)
 
 
@@ -153,12 +155,13 @@ def _sum(w: Writer, cells: str, inputs: Inputs) -> str:
     return w.add("Add", y, w.constant(inputs.stored[0], "uint8")) if inputs.stored[0] else y
 
 
-def _table(w: Writer, cells: str, inputs: Inputs) -> str:
+def _table(w: Writer, cells: str, inputs: Inputs, shape: Sequence[int | torch.SymInt]) -> str:
     """One lookup in 256 entries. GatherElements on a flat tensor: Gather copies every byte by a call of its own."""
     codes = torch.bucketize(torch.arange(256), inputs.cells.contiguous())
     flat = w.add("Reshape", w.cast(cells, "int32"), w.constant([-1], "int64"))
     y = w.add("GatherElements", w.constant(inputs.stored[codes], "uint8", near="table"), flat, axis=0)
-    return w.add("Reshape", y, w.add("Shape", cells))
+    known = all(isinstance(size, int) for size in shape[1:])
+    return w.add("Reshape", y, w.constant([-1, *shape[1:]], "int64") if known else w.add("Shape", cells))
 
 
 def as_bytes(w: Writer, y: str, output: Output) -> str:
