@@ -178,7 +178,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, recipe.load(folder / "recipe.yaml"), Plan.from_json(read_json(plan)) if plan.exists() else None)
 
 
-KINDS = {".safetensors": "artifact", ".onnx": "onnx", ".xml": "openvino"}
+KINDS = {".safetensors": "artifact", **{exporters.EXPORTERS[kind].suffix: kind for kind in exporters.EXPORTED}}
 """What a file is, by its suffix."""
 
 
