@@ -12,6 +12,7 @@ from nulsq_cli import calibrate, jobs, recipe, session
 from nulsq_cli.cli.show import Show
 from nulsq_cli.convert import Policy, make_plan
 from nulsq_cli.errors import UsageError
+from nulsq_cli.rectified import pair
 from nulsq_cli.values import Bits
 
 
@@ -46,6 +47,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
     plan = make_plan(model, wanted, kept[0].shape[1:])
     model.nulsq_plan, _ = calibrate.quantize(model, plan, wanted, passes, (init, init),
                                              passes if reestimate_batchnorm else None)  # fmt: skip
+    pair(model, kept[0].to(next(model.parameters()).device))
     return model
 
 

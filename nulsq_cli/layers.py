@@ -69,7 +69,10 @@ class QuantLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input that the layer computes with."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        if self.input_quantizer is None:
+            return x
+        ready = _taken(x, self)
+        return self.input_quantizer(x) if ready is None else ready
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -116,6 +119,21 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
     TimmLinear: QuantLinear,  # differs from nn.Linear under TorchScript alone
 }
+
+
+def prepare(x: Tensor, reader: QuantLayer, quantized: Tensor) -> Tensor:
+    """x, with a note for the layer that will read it: that its quantizer has already made this of it."""
+    x._nulsq_ready = (reader, quantized, x._version)  # type: ignore[attr-defined]
+    return x
+
+
+def _taken(x: Tensor, reader: QuantLayer) -> Tensor | None:
+    """What was prepared from x for this layer; once, for the note would keep it alive as long as x."""
+    if torch.compiler.is_compiling() or getattr(x, "_nulsq_ready", (None,))[0] is not reader:
+        return None
+    _, quantized, version = x._nulsq_ready  # type: ignore[attr-defined]
+    del x._nulsq_ready  # type: ignore[attr-defined]
+    return quantized if version == x._version else None
 
 
 @contextmanager

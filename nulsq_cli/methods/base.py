@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nulsq_cli.initializers import RunningSums
 from nulsq_cli.ops import codebook, fast, integer, native
 from nulsq_cli.ops.estimators import straight_through
+from nulsq_cli.ops.relu import Both, relu_and_lookup
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
 SMALLEST_SHARE = 1e-3
@@ -49,6 +50,11 @@ class Quantizer(nn.Module):
 
     _kept: dict[str, Any] | None = None
     """While nothing changes (`standing_still`): the tables, and of a weight what comes out."""
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "quantize" in vars(cls) and "quantize_behind_relu" not in vars(cls):  # that of its base is another formula's
+            cls.quantize_behind_relu = Quantizer.quantize_behind_relu  # type: ignore[method-assign]
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -194,17 +200,44 @@ class Quantizer(nn.Module):
             return self._by_tables(x.float()).to(x.dtype)
 
     def _by_tables(self, x: Tensor) -> Tensor:
-        kept = None if torch.compiler.is_compiling() else self._kept
-        if kept is None:
-            tables = self.codebook(x)
-            return codebook.lookup(x, tables.levels, tables.thresholds)
-        if "tables" not in kept:
-            kept["tables"] = self.codebook(x)
-        if self.spec.role == "activation":
-            return codebook.lookup(x, kept["tables"].levels, kept["tables"].thresholds)
-        if "weight" not in kept:
-            kept["weight"] = codebook.lookup(x, kept["tables"].levels, kept["tables"].thresholds)
-        return kept["weight"]
+        kept = None if torch.compiler.is_compiling() or self.spec.role == "activation" else self._kept
+        if kept is not None and "weight" in kept:
+            return kept["weight"]
+        tables = self._tables(x)
+        quantized = codebook.lookup(x, tables.levels, tables.thresholds)
+        if kept is not None:
+            kept["weight"] = quantized
+        return quantized
+
+    def _tables(self, x: Tensor) -> Codebook:
+        if torch.compiler.is_compiling() or self._kept is None:
+            return self.codebook(x)
+        if "tables" not in self._kept:
+            self._kept["tables"] = self.codebook(x)
+        return self._kept["tables"]
+
+    def behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
+        """What a ReLU makes of x, and what this quantizer makes of that, in one pass.
+
+        Args:
+            x: what goes into the ReLU.
+            inplace: x becomes the ReLU's result.
+
+        Returns:
+            Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
+        """
+        if torch.is_autocast_enabled(x.device.type) or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        if self.training:
+            return self.quantize_behind_relu(x, inplace)
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        tables = self._tables(x)
+        return relu_and_lookup(x, tables.levels, tables.thresholds, inplace=inplace)
+
+    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
+        """`behind_relu` in training; a method whose `quantize` is one operation has it."""
+        return None
 
     def extra_repr(self) -> str:
         """What shows up when the module is printed."""

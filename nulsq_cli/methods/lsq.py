@@ -9,6 +9,7 @@ from nulsq_cli import initializers
 from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
 from nulsq_cli.ops.estimators import scale_gradient
 from nulsq_cli.ops.grid import quantize_to_grid
+from nulsq_cli.ops.relu import Both, relu_and_quantize
 from nulsq_cli.values import QuantSpec, TensorStats
 
 
@@ -50,6 +51,10 @@ class LSQ(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Arithmetic, so that any bit width costs the same."""
         return quantize_to_grid(x, self.step_for(x), -self.spec.negative, self.spec.positive)
+
+    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
+        """As `quantize`."""
+        return relu_and_quantize(x, self.step_for(x), (-self.spec.negative, self.spec.positive), inplace=inplace)
 
     def after_step(self) -> None:
         """Keep every step positive; each is a table of its own."""

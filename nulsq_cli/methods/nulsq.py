@@ -10,6 +10,7 @@ from nulsq_cli.errors import pick
 from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
 from nulsq_cli.ops.codebook import levels_around_zero, quantize_to_levels
 from nulsq_cli.ops.estimators import scale_gradient
+from nulsq_cli.ops.relu import Both, relu_and_quantize
 from nulsq_cli.values import QuantSpec, TensorStats
 
 
@@ -55,6 +56,10 @@ class NuLSQ(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
         return quantize_to_levels(x, self.trained_levels(x))
+
+    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
+        """As `quantize`."""
+        return relu_and_quantize(x, self.trained_levels(x), inplace=inplace)
 
     def after_step(self) -> None:
         """A gap may become small, not close or invert."""

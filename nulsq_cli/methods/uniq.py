@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nulsq_cli.methods.lsq import LSQ
 from nulsq_cli.ops.grid import quantize_to_grid
+from nulsq_cli.ops.relu import Both
 from nulsq_cli.values import TensorStats
 
 
@@ -38,3 +39,7 @@ class UniQ(LSQ):
             return super().quantize(x)
         step = self.step_for(x)
         return quantize_to_grid(x - step / 2, step, -self.spec.negative, self.spec.positive) + step / 2
+
+    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
+        """As LSQ where it quantizes as LSQ does."""
+        return None if self.spec.signed else super().quantize_behind_relu(x, inplace)

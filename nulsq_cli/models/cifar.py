@@ -82,7 +82,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
-        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+        self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
         self.stride, self.new_channels = stride, outputs - inputs
 
     def shortcut(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class CifarResNet(SmallImageNet):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        self.conv1, self.bn1, self.act1 = conv3x3(in_chans, WIDTHS[0]), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU()
+        self.conv1, self.bn1, self.act1 = conv3x3(in_chans, WIDTHS[0]), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU(inplace=True)
         inputs = WIDTHS[0]
         for number, outputs in enumerate(WIDTHS, 1):
             first = BasicBlock(inputs, outputs, stride=1 if number == 1 else 2)
@@ -136,7 +136,7 @@ class NormAct(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.bn, self.activ = nn.BatchNorm2d(channels), nn.ReLU()
+        self.bn, self.activ = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""

@@ -136,7 +136,8 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
 
 
-def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """The forward of `quantize_to_levels`, without a gradient."""
     if not torch.compiler.is_compiling() and fast.loops(x, levels) is native:
         return native.lookup(x, levels, None)
     return lookup(x, levels, midpoints(levels))
@@ -146,7 +147,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, levels: Tensor) -> Tensor:
         ctx.save_for_backward(x, levels)
-        return _nearest(x, levels)
+        return nearest(x, levels)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,9 +180,9 @@ def backward_eager(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Ten
     low, high = table.gather(1, upper - 1), table.gather(1, upper)
     below, above = rows < table[:, :1], rows > table[:, -1:]
     inside = ~(below | above)
-    nearest = torch.where(rows > (low + high) / 2, high, low)
+    closer = torch.where(rows > (low + high) / 2, high, low)
     # round(u) - u, where u is the place inside the gap. Not subtracting u first keeps exact levels at 0.
-    pull = torch.where(inside, (nearest - rows) / (high - low).clamp_min(1e-30), 0) * slopes
+    pull = torch.where(inside, (closer - rows) / (high - low).clamp_min(1e-30), 0) * slopes
 
     to_levels = sum_by_code(upper, pull, table.shape) - sum_by_code(upper - 1, pull, table.shape)
     to_levels[:, 0] += (slopes * below).sum(1, dtype=torch.float64)
@@ -207,4 +208,4 @@ def quantize_to_levels(x: Tensor, levels: Tensor) -> Tensor:
 
     Source: nuLSQ, ACCV 2024; with even levels, LSQ, arXiv:1902.08153, eq. 3.
     """
-    return made_by(_StraightThrough.apply(x, levels), _nearest, x, levels)
+    return made_by(_StraightThrough.apply(x, levels), nearest, x, levels)

@@ -9,7 +9,8 @@ from nulsq_cli.ops import fast, native, traced
 from nulsq_cli.ops.remake import made_by, read_by_one_layer
 
 
-def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+def nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+    """The forward of `quantize_to_grid`, without a gradient."""
     if torch.compiler.is_compiling():
         return traced.grid(x, step, lowest, highest)
     if (loops := fast.loops(x, step, grid=True)) is not None:
@@ -22,7 +23,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.ends = lowest, highest  # type: ignore[attr-defined]
-        return _nearest(x, step, lowest, highest)
+        return nearest(x, step, lowest, highest)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,4 +70,4 @@ def quantize_to_grid(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tens
 
     Source: LSQ, arXiv:1902.08153, eq. 1-3.
     """
-    return made_by(_StraightThrough.apply(x, step, lowest, highest), _nearest, x, step, lowest, highest)
+    return made_by(_StraightThrough.apply(x, step, lowest, highest), nearest, x, step, lowest, highest)

@@ -11,6 +11,7 @@
 #include <vector>
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 #define BYTES 64
 #else
 #define BYTES 32
@@ -25,6 +26,13 @@ static inline vec load(const float *p) { vec v; std::memcpy(&v, p, sizeof v); re
 static inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline vec all(float s) { return s - vec{}; }
 static inline vec where(mask m, vec v) { return (vec)((mask)v & m); }
+static inline void add_above(vec &sum, vec v, vec a, vec b) {  // where a is above b
+#ifdef __AVX512F__
+    sum = (vec)_mm512_mask_add_ps((__m512)sum, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ), (__m512)sum, (__m512)v);
+#else
+    sum += where(a > b, v);
+#endif
+}
 static inline double lanes(vec v) { double s = 0; for (int j = 0; j < LANES; ++j) s += v[j]; return s; }
 
 // Calls body(row, first, count, block) for every block, on `threads` threads.
@@ -37,25 +45,53 @@ template <class Body> static void blocks(int64_t rows, int64_t cols, int threads
     }
 }
 
-// Runs step(x, y) over whole vectors; the rest goes through buffers that are filled up with `filler`.
-template <class Step> static inline void over(const float *x, float *y, int64_t n, Step step) {
+// Runs step(x, y), which takes WIDE vectors, over a stretch; what is left goes through buffers.
+template <int WIDE, class Step> static inline void over(const float *x, float *y, int64_t n, Step step) {
+    vec in[WIDE], out[WIDE];
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(y + i, step(load(x + i)));
+    for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
+        for (int w = 0; w < WIDE; ++w) in[w] = load(x + i + w * LANES);
+        step(in, out);
+        for (int w = 0; w < WIDE; ++w) store(y + i + w * LANES, out[w]);
+    }
     if (i < n) {
-        float in[LANES] = {}, out[LANES];
+        for (int w = 0; w < WIDE; ++w) in[w] = vec{};
         std::memcpy(in, x + i, (n - i) * sizeof(float));
-        store(out, step(load(in)));
+        step(in, out);
         std::memcpy(y + i, out, (n - i) * sizeof(float));
     }
 }
 
+// What a block reads: x itself or, where x has to go through a ReLU first, that of the block, written to `relu` (which may be x).
+static inline const float *block_of(const float *x, float *relu, int64_t first, int64_t n) {
+    if (!relu) return x + first;
+    over<1>(x + first, relu + first, n, [](const vec *v, vec *out) { *out = where(~(*v <= vec{}), *v); });
+    return relu + first;
+}
+
+// What follows the gradient to x: nothing, or the ReLU that x came out of. Where x is 0 that passes nothing; elsewhere also what
+// others that read x hand back.
+struct Behind {
+    bool relu;
+    const float *others;
+    Behind from(int64_t first) const { return {relu, others ? others + first : nullptr}; }
+};
+
 // The same for step(g, x, dx), which takes WIDE vectors of each at a time: its own tables are then read once for all of them.
-template <int WIDE, class Step> static inline void over(const float *g, const float *x, float *dx, int64_t n, float filler, Step step) {
-    vec gs[WIDE], xs[WIDE], out[WIDE];
+template <int WIDE, class Step>
+static inline void over(const float *g, const float *x, float *dx, int64_t n, Behind behind, float filler, Step step) {
+    vec gs[WIDE], xs[WIDE], out[WIDE], rest[WIDE] = {};
+    const auto finish = [&] {
+        if (!behind.relu) return;
+        for (int w = 0; w < WIDE; ++w) out[w] = where(~(xs[w] <= vec{}), behind.others ? out[w] + rest[w] : out[w]);
+    };
     int64_t i = 0;
     for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
         for (int w = 0; w < WIDE; ++w) gs[w] = load(g + i + w * LANES), xs[w] = load(x + i + w * LANES);
         step(gs, xs, out);
+        if (behind.others)
+            for (int w = 0; w < WIDE; ++w) rest[w] = load(behind.others + i + w * LANES);
+        finish();
         for (int w = 0; w < WIDE; ++w) store(dx + i + w * LANES, out[w]);
     }
     if (i < n) {
@@ -63,18 +99,43 @@ template <int WIDE, class Step> static inline void over(const float *g, const fl
         std::memcpy(gs, g + i, (n - i) * sizeof(float));
         std::memcpy(xs, x + i, (n - i) * sizeof(float));
         step(gs, xs, out);
+        if (behind.others) std::memcpy(rest, behind.others + i, (n - i) * sizeof(float));
+        finish();
         std::memcpy(dx + i, out, (n - i) * sizeof(float));
     }
 }
 
-// A table of up to K levels as vectors; what is missing at its end can never be reached.
+// A table of up to K levels as vectors; what is missing at its end can never be reached. Each level, and each cut, fills a vector;
+// 16 of them are one vector, too, where vectors are that long.
 template <int K> struct Table {
     vec levels[K], cuts[K - 1];
+#ifdef __AVX512F__
+    vec row = {}, below = {};  // the levels, and the cut below each
+#endif
     Table(const float *l, const float *t, int count) {
         for (int k = 0; k < K; ++k) levels[k] = all(k < count ? l[k] : INF);
         for (int k = 0; k + 1 < K; ++k) cuts[k] = all(k + 1 >= count ? INF : t ? t[k] : (l[k] + l[k + 1]) / 2);
+#ifdef __AVX512F__
+        for (int k = 0; k < K; ++k) row[k] = levels[k][0];
+        for (int k = 0; k + 1 < K; ++k) below[k + 1] = cuts[k][0];
+#endif
     }
     template <int WIDE> inline void nearest(const vec *x, vec *y) const {
+#ifdef __AVX512F__
+        if (K == 16) {  // a search of four steps, where comparing with every cut takes fifteen
+            __m512i code[WIDE];
+            for (int w = 0; w < WIDE; ++w) code[w] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+            for (int step = 8; step; step /= 2)
+                for (int w = 0; w < WIDE; ++w) {
+                    const __m512i higher = _mm512_or_si512(code[w], _mm512_set1_epi32(step));
+                    const __m512 cut = _mm512_permutexvar_ps(higher, (__m512)below);
+                    code[w] = _mm512_mask_mov_epi32(code[w], _mm512_cmp_ps_mask((__m512)x[w], cut, _CMP_GT_OQ), higher);
+                }
+            for (int w = 0; w < WIDE; ++w) y[w] = (vec)_mm512_permutexvar_ps(code[w], (__m512)row);
+            return;
+        }
+#endif
         for (int w = 0; w < WIDE; ++w) y[w] = levels[0];
 #pragma GCC unroll 16
         for (int k = 0; k + 1 < K; ++k)
@@ -83,13 +144,13 @@ template <int K> struct Table {
 };
 
 template <int K>
-static void lookup_small(const float *x, float *y, int64_t rows, int64_t cols, const float *l, const float *t, int count, int threads) {
+static void lookup_small(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *l, const float *t, int count, int threads) {
     blocks(rows, cols, threads, [=](int64_t row, int64_t first, int64_t n, int64_t) {
         const Table<K> table(l + row * count, t ? t + row * (count - 1) : nullptr, count);
-        over(x + first, y + first, n, [&](vec v) {
-            vec near[1];
-            table.template nearest<1>(&v, near);
-            return v == v ? near[0] : v;
+        const int WIDE = 4;
+        over<WIDE>(block_of(x, relu, first, n), y + first, n, [&](const vec *v, vec *out) {
+            table.template nearest<WIDE>(v, out);
+            for (int w = 0; w < WIDE; ++w) out[w] = v[w] == v[w] ? out[w] : v[w];
         });
     });
 }
@@ -114,14 +175,14 @@ struct Guess {
 };
 
 // Up to 256 levels by binary search, eight at a time, or by a guess.
-static void lookup_large(const float *x, float *y, int64_t rows, int64_t cols, const float *l, const float *t, int count, int threads) {
+static void lookup_large(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *l, const float *t, int count, int threads) {
     blocks(rows, cols, threads, [=](int64_t row, int64_t first, int64_t n, int64_t) {
         float levels[256], cuts[256];
         const float *own = l + row * count;
         for (int k = 0; k < 256; ++k) levels[k] = own[std::min(k, count - 1)];
         for (int k = 0; k < 256; ++k)
             cuts[k] = k + 1 >= count ? INF : t ? t[row * (count - 1) + k] : (own[k] + own[k + 1]) / 2;
-        const float *in = x + first;
+        const float *in = block_of(x, relu, first, n);
         float *out = y + first;
         const Guess guess(cuts, count);
         if (guess.close) {
@@ -149,7 +210,8 @@ static void lookup_large(const float *x, float *y, int64_t rows, int64_t cols, c
 }
 
 template <int K>
-static void levels_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *l, float *dl, int count, int threads) {
+static void levels_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *l, float *dl, int count,
+                            Behind behind, int threads) {
     const int64_t each = (cols + BLOCK - 1) / BLOCK;
     std::vector<double> sums(rows * each * (K + 1));
     blocks(rows, cols, threads, [=, &sums](int64_t row, int64_t first, int64_t n, int64_t b) {
@@ -158,7 +220,7 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
         // beyond[k]: of what lies above level k, so that a level costs one comparison; a gap's sum is a difference of two.
         vec beyond[K] = {}, low = {}, high = {};
         const int WIDE = 4;
-        over<WIDE>(g + first, x + first, dx + first, n, l[row * count], [&](const vec *gv, const vec *v, vec *out) {
+        over<WIDE>(g + first, x + first, dx + first, n, behind.from(first), l[row * count], [&](const vec *gv, const vec *v, vec *out) {
             vec pull[WIDE];
             table.template nearest<WIDE>(v, pull);
             for (int w = 0; w < WIDE; ++w) {
@@ -170,7 +232,7 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
             }
 #pragma GCC unroll 16
             for (int k = 0; k + 1 < K; ++k)
-                for (int w = 0; w < WIDE; ++w) beyond[k] += where(v[w] > table.levels[k], pull[w]);
+                for (int w = 0; w < WIDE; ++w) add_above(beyond[k], pull[w], v[w], table.levels[k]);
         });
         double *own = &sums[b * (K + 1)];
         for (int k = 0; k + 1 < K; ++k) own[k] = lanes(beyond[k]) - lanes(beyond[k + 1]);
@@ -199,35 +261,38 @@ static inline vec held(vec v, vec low, vec high) { v = v < low ? low : v; return
 
 extern "C" {
 
-void nulsq_lookup(const float *x, float *y, int64_t rows, int64_t cols, const float *levels, const float *cuts, int count, int threads) {
-    if (count <= 4) lookup_small<4>(x, y, rows, cols, levels, cuts, count, threads);
-    else if (count <= 8) lookup_small<8>(x, y, rows, cols, levels, cuts, count, threads);
-    else if (count <= 16) lookup_small<16>(x, y, rows, cols, levels, cuts, count, threads);
-    else lookup_large(x, y, rows, cols, levels, cuts, count, threads);
+void nulsq_lookup(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *levels, const float *cuts, int count, int threads) {
+    if (count <= 4) lookup_small<4>(x, relu, y, rows, cols, levels, cuts, count, threads);
+    else if (count <= 8) lookup_small<8>(x, relu, y, rows, cols, levels, cuts, count, threads);
+    else if (count <= 16) lookup_small<16>(x, relu, y, rows, cols, levels, cuts, count, threads);
+    else lookup_large(x, relu, y, rows, cols, levels, cuts, count, threads);
 }
 
-void nulsq_levels_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *levels, float *to_levels, int count, int threads) {
-    if (count <= 4) levels_backward<4>(g, x, dx, rows, cols, levels, to_levels, count, threads);
-    else if (count <= 8) levels_backward<8>(g, x, dx, rows, cols, levels, to_levels, count, threads);
-    else levels_backward<16>(g, x, dx, rows, cols, levels, to_levels, count, threads);
+void nulsq_levels_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *levels, float *to_levels, int count,
+                           int behind_relu, const float *others, int threads) {
+    if (count <= 4) levels_backward<4>(g, x, dx, rows, cols, levels, to_levels, count, {behind_relu != 0, others}, threads);
+    else if (count <= 8) levels_backward<8>(g, x, dx, rows, cols, levels, to_levels, count, {behind_relu != 0, others}, threads);
+    else levels_backward<16>(g, x, dx, rows, cols, levels, to_levels, count, {behind_relu != 0, others}, threads);
 }
 
-void nulsq_grid(const float *x, float *y, int64_t rows, int64_t cols, const float *steps, float lowest, float highest, int threads) {
+void nulsq_grid(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *steps, float lowest, float highest, int threads) {
     const vec low = all(lowest), high = all(highest);
     blocks(rows, cols, threads, [=](int64_t row, int64_t first, int64_t n, int64_t) {
         const vec step = all(steps[row]);
-        over(x + first, y + first, n, [&](vec v) { return rounded(held(v / step, low, high)) * step; });
+        over<1>(block_of(x, relu, first, n), y + first, n, [&](const vec *v, vec *out) { *out = rounded(held(*v / step, low, high)) * step; });
     });
 }
 
-void nulsq_grid_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *steps, float *to_steps, float lowest, float highest, int threads) {
+void nulsq_grid_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *steps, float *to_steps, float lowest,
+                         float highest, int behind_relu, const float *others, int threads) {
     const int64_t each = (cols + BLOCK - 1) / BLOCK;
     const vec low = all(lowest), high = all(highest);
+    const Behind behind{behind_relu != 0, others};
     std::vector<double> sums(rows * each);
     blocks(rows, cols, threads, [=, &sums](int64_t row, int64_t first, int64_t n, int64_t b) {
         const vec step = all(steps[row]);
         vec total = {};
-        over<1>(g + first, x + first, dx + first, n, 0.f, [&](const vec *gv, const vec *v, vec *out) {
+        over<1>(g + first, x + first, dx + first, n, behind.from(first), 0.f, [&](const vec *gv, const vec *v, vec *out) {
             const vec place = *v / step;
             const mask inside = (place >= low) & (place <= high);
             total += *gv * (rounded(held(place, low, high)) - where(inside, place));

@@ -40,12 +40,13 @@ def library() -> ctypes.CDLL | None:
         log.warning("quantizers run uncompiled, which is slower: %s", first_line(reason))
         return None
     data, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    loaded.nulsq_lookup.argtypes = [data, data, size, size, data, data, number, number]
-    loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number]
-    loaded.nulsq_grid.argtypes = [data, data, size, size, data, ctypes.c_float, ctypes.c_float, number]
-    loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, ctypes.c_float, ctypes.c_float, number]
+    end = ctypes.c_float
+    loaded.nulsq_lookup.argtypes = [data, data, data, size, size, data, data, number, number]
+    loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number, data, number]
+    loaded.nulsq_grid.argtypes = [data, data, data, size, size, data, end, end, number]
+    loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, end, end, number, data, number]
     loaded.nulsq_around.argtypes = loaded.nulsq_around_backward.argtypes = [data, data, number, number, number]
-    loaded.nulsq_keep_positive.argtypes = [data, number, number, ctypes.c_float, ctypes.c_float]
+    loaded.nulsq_keep_positive.argtypes = [data, number, number, end, end]
     for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive"):
         getattr(loaded, f"nulsq_{name}").restype = None
     return loaded
@@ -86,52 +87,61 @@ def _build(target: Path) -> None:
     raise RuntimeError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
 
 
-def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None) -> Tensor:
-    """`codebook.lookup`; without thresholds, by the midpoints of the levels."""
+def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None, *, relu: Tensor | None = None) -> Tensor:
+    """`codebook.lookup`; without thresholds, by the midpoints of the levels.
+
+    Args:
+        x, levels, thresholds: as there.
+        relu: if given, x goes through a ReLU first, whose result is written here: x itself, or of its shape and memory order.
+    """
     x = _dense(x)
     y = torch.empty_like(x)
     rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
     levels = levels.contiguous()
     cuts = None if thresholds is None else thresholds.contiguous()
-    library().nulsq_lookup(x.data_ptr(), y.data_ptr(), rows, x.numel() // rows, levels.data_ptr(),
-                           None if cuts is None else cuts.data_ptr(), count, _threads(x))  # fmt: skip
+    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, levels.data_ptr(), _place(cuts), count,
+                           _threads(x))  # fmt: skip
     return y
 
 
-def levels_backward(grad: Tensor, x: Tensor, levels: Tensor, *, spent: bool = False) -> tuple[Tensor, Tensor]:
+def levels_backward(grad: Tensor, x: Tensor, levels: Tensor, *, spent: bool = False, behind_relu: bool = False,
+                    others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`codebook.backward_eager`, for tables of at most `LARGEST_TRAINED_TABLE` levels.
 
     Args:
         grad, x, levels: as there.
         spent: nobody reads grad afterwards, so that its memory may hold the gradient to x.
+        behind_relu: x is the result of a ReLU, and the gradient is wanted to what went into that.
+        others: the gradient that x gets from elsewhere, added before it goes through the ReLU.
     """
     x, levels = _dense(x), levels.contiguous()
-    grad = _like(grad, x)
+    grad, others = _like(grad, x), None if others is None else _like(others, x)
     to_x, to_levels = grad if spent else torch.empty_like(x), torch.empty_like(levels)
     rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
     library().nulsq_levels_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, levels.data_ptr(),
-                                    to_levels.data_ptr(), count, _threads(x))  # fmt: skip
+                                    to_levels.data_ptr(), count, behind_relu, _place(others), _threads(x))  # fmt: skip
     return to_x, to_levels
 
 
-def grid(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
-    """The forward of `grid.quantize_to_grid`."""
+def grid(x: Tensor, step: Tensor, lowest: int, highest: int, *, relu: Tensor | None = None) -> Tensor:
+    """The forward of `grid.quantize_to_grid`; `relu` as in `lookup`."""
     x, step = _dense(x), step.contiguous()
     y = torch.empty_like(x)
     rows = step.numel()
-    library().nulsq_grid(x.data_ptr(), y.data_ptr(), rows, x.numel() // rows, step.data_ptr(), lowest, highest, _threads(x))
+    library().nulsq_grid(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, step.data_ptr(), lowest, highest,
+                         _threads(x))  # fmt: skip
     return y
 
 
-def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: int, *,
-                  spent: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`grid.backward_eager`; `spent` as in `levels_backward`."""
+def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: int, *, spent: bool = False,
+                  behind_relu: bool = False, others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`grid.backward_eager`; `spent`, `behind_relu` and `others` as in `levels_backward`."""
     x, step = _dense(x), step.contiguous()
-    grad = _like(grad, x)
+    grad, others = _like(grad, x), None if others is None else _like(others, x)
     to_x, to_step = grad if spent else torch.empty_like(x), torch.empty_like(step)
     rows = step.numel()
     library().nulsq_grid_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, step.data_ptr(),
-                                  to_step.data_ptr(), lowest, highest, _threads(x))  # fmt: skip
+                                  to_step.data_ptr(), lowest, highest, behind_relu, _place(others), _threads(x))  # fmt: skip
     return to_x, to_step
 
 
@@ -163,11 +173,17 @@ def _threads(x: Tensor) -> int:
     return 1 if x.numel() < WORTH_THREADS else torch.get_num_threads()
 
 
+def _place(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x has no gaps and its first dimension outermost: rows of a table are stretches of memory."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def _dense(x: Tensor) -> Tensor:
-    """x, or a copy of it, without gaps and with its first dimension outermost: rows of a table are stretches of memory."""
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+    return x if is_dense(x) else x.contiguous()
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nulsq_cli.calibrate import first_bad_layer
 from nulsq_cli.errors import DivergedError, Interrupted
 from nulsq_cli.layers import quantizers
+from nulsq_cli.rectified import pair
 from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, curvature, watch
 from nulsq_cli.training.optim import Pair
@@ -166,6 +167,7 @@ class Trainer(State):
         device = self.world.device
         images = images.to(device, non_blocking=True, memory_format=self.settings.memory_format)
         target = target.to(device, non_blocking=True)
+        pair(self.model, images)
         if self.mixup is not None:
             images, target = self.mixup(images, target)
         hold = contextlib.nullcontext()

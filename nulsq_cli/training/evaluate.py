@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nulsq_cli.methods.base import standing_still
+from nulsq_cli.rectified import pair
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
 
@@ -39,6 +40,7 @@ def evaluate(
             for images, target in batches:
                 images = images.to(world.device, non_blocking=True, memory_format=memory_format)
                 target = target.to(world.device, non_blocking=True)
+                pair(model, images)
                 with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
                     output = model(images)
                 output = output.float()
