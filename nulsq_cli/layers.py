@@ -139,13 +139,14 @@ def _taken(x: Tensor, reader: QuantLayer) -> Tensor | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module has its own mode back."""
-    modes = {m: m.training for m in model.modules()}
+    training = [m for m in model.modules() if m.training]
     try:
-        model.eval()
+        if training:
+            model.eval()
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @contextmanager

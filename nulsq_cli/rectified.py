@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from nulsq_cli.layers import QuantLayer, evaluating, prepare, quant_layers
 
@@ -17,12 +18,46 @@ class QuantReLU(nn.ReLU):
     """
 
     reader: QuantLayer
+    alone: bool
+    """Whether nobody else reads the result, nor what it is made from."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) to the same shape."""
-        quantizer = None if torch.compiler.is_compiling() else self.reader.input_quantizer
-        both = None if quantizer is None else quantizer.behind_relu(x, self.inplace)
-        return super().forward(x) if both is None else prepare(both[0], self.reader, both[1])
+        reader = self.reader
+        quantizer = None if torch.compiler.is_compiling() else reader.input_quantizer
+        if quantizer is None:
+            return super().forward(x)
+        seen = self._forward_hooks or reader._forward_pre_hooks or reader._forward_hooks
+        both = quantizer.behind_relu(x, self.inplace, alone=self.alone and not seen)
+        return super().forward(x) if both is None else prepare(both[0], reader, both[1])
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        return isinstance(m, QuantLayer) or (super().is_leaf_module(m, name) and type(m) is not nn.Identity)
+
+
+def _read_by_one(model: nn.Module, readers: dict[nn.ReLU, QuantLayer]) -> set[nn.ReLU]:
+    """Those of the ReLUs in place, in evaluation mode, whose result and whose own input are certainly read by nobody else.
+
+    What is certain is what a symbolic trace proves, for it fails where the way through a model depends on its data.
+    """
+    try:
+        with evaluating(model):
+            graph = _Tracer().trace(model)
+    except Exception:  # torch.fx runs the model's code on symbols: anything may fail
+        return set()
+    modules = dict(model.named_modules())
+    called = lambda node: modules[node.target] if node.op == "call_module" else None  # noqa: E731
+    found = set()
+    for node in graph.nodes:
+        relu = called(node)
+        if relu in readers and relu.inplace and [called(user) for user in node.users] == [readers[relu]]:
+            before = node.args[0]
+            fresh = isinstance(called(before), nn.modules.batchnorm._BatchNorm) or before.target is F.batch_norm
+            if fresh and len(before.users) == 1:
+                found.add(relu)
+    return found
 
 
 @torch.no_grad()
@@ -63,8 +98,10 @@ def pair(model: nn.Module, images: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+    readers = {relu: reader for relu, reader in readers.items() if runs[relu] == 1}
+    alone = _read_by_one(model, readers)
     for relu, reader in readers.items():
-        if runs[relu] == 1:
-            relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it
-            object.__setattr__(relu, "reader", reader)
+        relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it
+        object.__setattr__(relu, "reader", reader)
+        relu.alone = relu in alone
     model._nulsq_paired = True

@@ -192,6 +192,8 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x: in float32 also under autocast, returned in x's own dtype."""
+        if self._kept is not None and "weight" in self._kept and not torch.compiler.is_compiling():
+            return self._kept["weight"].to(x.dtype)
         kind = x.device.type
         # Entering a context costs as much as a small weight's quantizing.
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
@@ -200,28 +202,26 @@ class Quantizer(nn.Module):
             return self._by_tables(x.float()).to(x.dtype)
 
     def _by_tables(self, x: Tensor) -> Tensor:
-        kept = None if torch.compiler.is_compiling() or self.spec.role == "activation" else self._kept
-        if kept is not None and "weight" in kept:
-            return kept["weight"]
-        tables = self._tables(x)
+        tables = self._tables_now(x)
         quantized = codebook.lookup(x, tables.levels, tables.thresholds)
-        if kept is not None:
-            kept["weight"] = quantized
+        if self._kept is not None and self.spec.role == "weight" and not torch.compiler.is_compiling():
+            self._kept["weight"] = quantized
         return quantized
 
-    def _tables(self, x: Tensor) -> Codebook:
+    def _tables_now(self, x: Tensor) -> Codebook:
         if torch.compiler.is_compiling() or self._kept is None:
             return self.codebook(x)
         if "tables" not in self._kept:
             self._kept["tables"] = self.codebook(x)
         return self._kept["tables"]
 
-    def behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
+    def behind_relu(self, x: Tensor, inplace: bool, alone: bool = False) -> Both | None:
         """What a ReLU makes of x, and what this quantizer makes of that, in one pass.
 
         Args:
             x: what goes into the ReLU.
             inplace: x becomes the ReLU's result.
+            alone: nobody else reads that result: while the model stands still, it may be the quantized one.
 
         Returns:
             Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
@@ -232,8 +232,8 @@ class Quantizer(nn.Module):
             return self.quantize_behind_relu(x, inplace)
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        tables = self._tables(x)
-        return relu_and_lookup(x, tables.levels, tables.thresholds, inplace=inplace)
+        tables = self._tables_now(x)
+        return relu_and_lookup(x, tables.levels, tables.thresholds, inplace=inplace, alone=alone and self._kept is not None)
 
     def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
         """`behind_relu` in training; a method whose `quantize` is one operation has it."""

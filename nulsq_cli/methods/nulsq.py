@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nulsq_cli import initializers
 from nulsq_cli.errors import pick
 from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
-from nulsq_cli.ops.codebook import levels_around_zero, quantize_to_levels
+from nulsq_cli.ops.codebook import levels_around_zero, quantize_by_gaps, quantize_to_levels
 from nulsq_cli.ops.estimators import scale_gradient
 from nulsq_cli.ops.relu import Both, relu_and_quantize
 from nulsq_cli.values import QuantSpec, TensorStats
@@ -29,6 +29,7 @@ class NuLSQ(Quantizer):
         super().__init__(spec)
         self.grad_scale = grad_scale
         self.gaps = nn.Parameter(torch.ones(spec.channels, spec.gaps))  # from the lowest gap to the highest
+        self._by_gaps = grad_scale == "none" and spec.grid == "float"  # nothing stands between gaps and levels
 
     @torch.no_grad()
     def initialize(self, stats: TensorStats, rule: str) -> None:
@@ -55,10 +56,14 @@ class NuLSQ(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
+        if self._by_gaps:
+            return quantize_by_gaps(x, self.gaps, self.spec.negative)
         return quantize_to_levels(x, self.trained_levels(x))
 
     def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
         """As `quantize`."""
+        if self._by_gaps:
+            return relu_and_quantize(x, self.gaps, self.spec.negative, inplace=inplace)
         return relu_and_quantize(x, self.trained_levels(x), inplace=inplace)
 
     def after_step(self) -> None:

@@ -26,29 +26,6 @@ def middles(thresholds: Tensor) -> Tensor:
     return torch.cat((low, inner, high), -1)
 
 
-class _Around(torch.autograd.Function):
-    """One operation for autograd instead of ten: there are two of these in every layer, however small it is."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, gaps: Tensor, negative: int) -> Tensor:
-        ctx.negative = negative  # type: ignore[attr-defined]
-        if not torch.compiler.is_compiling() and fast.loops(gaps, gaps) is native:
-            return native.around(gaps, negative)
-        above = pad(gaps[:, negative:].cumsum(1), (1, 0))
-        if not negative:
-            return above
-        return torch.cat((-gaps[:, :negative].flip(1).cumsum(1).flip(1), above), 1)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        negative = ctx.negative  # type: ignore[attr-defined]
-        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # as in _StraightThrough
-        if not recorded and fast.loops(grad, grad) is native:
-            return native.around_backward(grad, negative), None
-        above = grad[:, negative + 1 :].flip(1).cumsum(1).flip(1)  # a gap moves all levels beyond it
-        return torch.cat((-grad[:, :negative].cumsum(1), above), 1) if negative else above, None
-
-
 def levels_around_zero(gaps: Tensor, negative: int) -> Tensor:
     """Sorted levels from the gaps between them, with a level that is exactly 0.
 
@@ -60,6 +37,51 @@ def levels_around_zero(gaps: Tensor, negative: int) -> Tensor:
         (C, N + 1); column `negative` is 0.
     """
     return _Around.apply(gaps, negative)
+
+
+class _Around(torch.autograd.Function):
+    """One operation for autograd instead of ten: there are two of these in every layer, however small it is."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, gaps: Tensor, negative: int) -> Tensor:
+        ctx.negative = negative  # type: ignore[attr-defined]
+        return _around(gaps, negative)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return _around_backward(grad, ctx.negative), None  # type: ignore[attr-defined]
+
+
+def _around(gaps: Tensor, negative: int) -> Tensor:
+    if not torch.compiler.is_compiling() and fast.loops(gaps, gaps) is native:
+        return native.around(gaps, negative)
+    above = pad(gaps[:, negative:].cumsum(1), (1, 0))
+    if not negative:
+        return above
+    return torch.cat((-gaps[:, :negative].flip(1).cumsum(1).flip(1), above), 1)
+
+
+def _around_backward(grad: Tensor, negative: int) -> Tensor:
+    recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # as in _StraightThrough
+    if not recorded and fast.loops(grad, grad) is native:
+        return native.around_backward(grad, negative)
+    above = grad[:, negative + 1 :].flip(1).cumsum(1).flip(1)  # a gap moves all levels beyond it
+    return torch.cat((-grad[:, :negative].cumsum(1), above), 1) if negative else above
+
+
+def levels_of(table: Tensor, negative: int | None) -> Tensor:
+    """The levels that a table stands for, (K,) or (C, K): those of its gaps, (C, K-1), if `negative` of them lie below zero."""
+    if negative is None:
+        return table
+    levels = _around(table, negative)
+    return levels[0] if len(levels) == 1 else levels
+
+
+def to_table(to_levels: Tensor, negative: int | None) -> Tensor:
+    """The gradient to the table from the one to its levels."""
+    if negative is None:
+        return to_levels
+    return _around_backward(to_levels if to_levels.ndim == 2 else to_levels[None], negative)
 
 
 def encode(x: Tensor, thresholds: Tensor) -> Tensor:
@@ -136,8 +158,9 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
 
 
-def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """The forward of `quantize_to_levels`, without a gradient."""
+def nearest(x: Tensor, table: Tensor, negative: int | None = None) -> Tensor:
+    """The forward of `quantize_to_levels` or, with gaps, of `quantize_by_gaps`; without a gradient."""
+    levels = levels_of(table, negative)
     if not torch.compiler.is_compiling() and fast.loops(x, levels) is native:
         return native.lookup(x, levels, None)
     return lookup(x, levels, midpoints(levels))
@@ -145,20 +168,25 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, levels: Tensor) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, negative: int | None) -> Tensor:
+        levels = levels_of(table, negative)
         ctx.save_for_backward(x, levels)
+        ctx.negative = negative  # type: ignore[attr-defined]
         return nearest(x, levels)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, levels = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, levels), negative = ctx.saved_tensors, ctx.negative  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():
-            return traced.levels_backward(grad, x, levels)
+            to_x, to_levels = traced.levels_backward(grad, x, levels)
+            return to_x, to_table(to_levels, negative), None
         # A derivative of this derivative is asked for where gradients are recorded: the eager function has one.
         loops = None if torch.is_grad_enabled() else fast.loops(x, levels, trained=True)
         if loops is native:
-            return native.levels_backward(grad, x, levels, spent=read_by_one_layer(ctx))
-        return (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
+            to_x, to_levels = native.levels_backward(grad, x, levels, spent=read_by_one_layer(ctx))
+        else:
+            to_x, to_levels = (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
+        return to_x, to_table(to_levels, negative), None
 
 
 def backward_eager(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,4 +236,15 @@ def quantize_to_levels(x: Tensor, levels: Tensor) -> Tensor:
 
     Source: nuLSQ, ACCV 2024; with even levels, LSQ, arXiv:1902.08153, eq. 3.
     """
-    return made_by(_StraightThrough.apply(x, levels), nearest, x, levels)
+    return made_by(_StraightThrough.apply(x, levels, None), nearest, x, levels)
+
+
+def quantize_by_gaps(x: Tensor, gaps: Tensor, negative: int) -> Tensor:
+    """`quantize_to_levels` of `levels_around_zero(gaps, negative)`, as one operation, with the gradient to the gaps.
+
+    Args:
+        x: (...), or (C, ...) where there are gaps per channel.
+        gaps: (C, N); C is 1, or the number of channels.
+        negative: how many of the N gaps lie below zero.
+    """
+    return made_by(_StraightThrough.apply(x, gaps, negative), nearest, x, gaps, negative)

@@ -87,15 +87,16 @@ def _build(target: Path) -> None:
     raise RuntimeError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
 
 
-def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None, *, relu: Tensor | None = None) -> Tensor:
+def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None, *, relu: Tensor | None = None, into: Tensor | None = None) -> Tensor:
     """`codebook.lookup`; without thresholds, by the midpoints of the levels.
 
     Args:
         x, levels, thresholds: as there.
         relu: if given, x goes through a ReLU first, whose result is written here: x itself, or of its shape and memory order.
+        into: where the quantized result is written, which may be `relu`; a new tensor if None.
     """
     x = _dense(x)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if into is None else into
     rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
     levels = levels.contiguous()
     cuts = None if thresholds is None else thresholds.contiguous()

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+WORTH_MAKING_TWICE = 1 << 16
+"""Entries from which on keeping a tensor costs more than making it again: the weights of small networks have fewer."""
+
+
 class _Way:
     """How a tensor was made: a function without a gradient, and what it was called with."""
 
@@ -34,8 +38,8 @@ def _versions(arguments: tuple[Any, ...]) -> list[int]:
 
 
 def made_by(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """y, with a note that `make(*arguments)` gives its bits, in its layout, once more."""
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    """y, with a note that `make(*arguments)` gives its bits, in its layout, once more; without one if y is small."""
+    if y.numel() >= WORTH_MAKING_TWICE and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         y._nulsq_way = _Way(make, arguments)  # type: ignore[attr-defined]
     return y
 

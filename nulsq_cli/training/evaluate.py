@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nulsq_cli.layers import evaluating
 from nulsq_cli.methods.base import standing_still
 from nulsq_cli.rectified import pair
 from nulsq_cli.training.world import World
@@ -32,25 +33,20 @@ def evaluate(
         memory_format: of the images; the model's own is the caller's business.
         progress: called with the number of images seen so far.
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # right, right among five, loss, samples
-    try:
-        with standing_still(model):
-            for images, target in batches:
-                images = images.to(world.device, non_blocking=True, memory_format=memory_format)
-                target = target.to(world.device, non_blocking=True)
-                pair(model, images)
-                with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
-                    output = model(images)
-                output = output.float()
-                best = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
-                loss = F.cross_entropy(output, target, reduction="sum")
-                sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(target))]).double().cpu()
-                if progress:
-                    progress(int(sums[3]))
-    finally:
-        model.train(was_training)
+    with evaluating(model), standing_still(model):
+        for images, target in batches:
+            images = images.to(world.device, non_blocking=True, memory_format=memory_format)
+            target = target.to(world.device, non_blocking=True)
+            pair(model, images)
+            with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
+                output = model(images)
+            output = output.float()
+            best = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
+            loss = F.cross_entropy(output, target, reduction="sum")
+            sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(target))]).double().cpu()
+            if progress:
+                progress(int(sums[3]))
     right, among_five, loss, samples = world.reduce(sums, "sum").tolist()
     samples = max(int(samples), 1)
     return Score(100 * right / samples, 100 * among_five / samples, loss / samples, samples)
