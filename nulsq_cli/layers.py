@@ -121,19 +121,19 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
-def prepare(x: Tensor, reader: QuantLayer, quantized: Tensor) -> Tensor:
+def prepare(x: Tensor, quantized: Tensor, reader: QuantLayer) -> Tensor:
     """x, with a note for the layer that will read it: that its quantizer has already made this of it."""
-    x._nulsq_ready = (reader, quantized, x._version)  # type: ignore[attr-defined]
+    x._nulsq_ready = reader, quantized, x._version  # type: ignore[attr-defined]
     return x
 
 
 def _taken(x: Tensor, reader: QuantLayer) -> Tensor | None:
     """What was prepared from x for this layer; once, for the note would keep it alive as long as x."""
-    if torch.compiler.is_compiling() or getattr(x, "_nulsq_ready", (None,))[0] is not reader:
+    ready = None if torch.compiler.is_compiling() else getattr(x, "_nulsq_ready", None)
+    if ready is None or ready[0] is not reader:
         return None
-    _, quantized, version = x._nulsq_ready  # type: ignore[attr-defined]
     del x._nulsq_ready  # type: ignore[attr-defined]
-    return quantized if version == x._version else None
+    return ready[1] if ready[2] == x._version else None
 
 
 @contextmanager

@@ -27,9 +27,9 @@ class QuantReLU(nn.ReLU):
         quantizer = None if torch.compiler.is_compiling() else reader.input_quantizer
         if quantizer is None:
             return super().forward(x)
-        seen = self._forward_hooks or reader._forward_pre_hooks or reader._forward_hooks
-        both = quantizer.behind_relu(x, self.inplace, alone=self.alone and not seen)
-        return super().forward(x) if both is None else prepare(both[0], reader, both[1])
+        alone = self.alone and not (self._forward_hooks or reader._forward_pre_hooks or reader._forward_hooks)
+        both = quantizer.behind_relu(x, self.inplace, alone)
+        return super().forward(x) if both is None else prepare(*both, reader)
 
 
 class _Tracer(fx.Tracer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -195,11 +195,13 @@ class Quantizer(nn.Module):
         if self._kept is not None and "weight" in self._kept and not torch.compiler.is_compiling():
             return self._kept["weight"].to(x.dtype)
         kind = x.device.type
-        # Entering a context costs as much as a small weight's quantizing.
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            if self.training:
-                return self.quantize(x.float()).to(x.dtype)
-            return self._by_tables(x.float()).to(x.dtype)
+        if not torch.is_autocast_enabled(kind):  # entering a context costs as much as a small weight's quantizing
+            return self._quantized(x)
+        with torch.autocast(kind, enabled=False):
+            return self._quantized(x)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        return (self.quantize if self.training else self._by_tables)(x.float()).to(x.dtype)
 
     def _by_tables(self, x: Tensor) -> Tensor:
         tables = self._tables_now(x)
@@ -226,7 +228,7 @@ class Quantizer(nn.Module):
         Returns:
             Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
         """
-        if torch.is_autocast_enabled(x.device.type) or self._forward_hooks or self._forward_pre_hooks:
+        if self._forward_hooks or self._forward_pre_hooks:
             return None
         if self.training:
             return self.quantize_behind_relu(x, inplace)

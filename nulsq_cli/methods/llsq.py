@@ -68,7 +68,7 @@ class LLSQ(LSQ):
         return self.step.square() * (smaller.float() - larger.float())
 
     def _rounded(self, x: Tensor, factor: float) -> Tensor:
-        return quantize_to_grid(x, self.step_for(x).detach() * factor, -self.spec.negative, self.spec.positive)
+        return quantize_to_grid(x, self.step_for(x).detach() * factor, *self.ends)
 
     def _error(self, x: Tensor, factor: float) -> Tensor:
         apart = self._rounded(x, factor) - x

@@ -25,6 +25,7 @@ class LSQ(Quantizer):
         super().__init__(spec)
         self.grad_scale = grad_scale
         self.step = nn.Parameter(torch.ones(spec.channels))
+        self.ends = -spec.negative, spec.positive
 
     @torch.no_grad()
     def initialize(self, stats: TensorStats, rule: str) -> None:
@@ -44,17 +45,17 @@ class LSQ(Quantizer):
 
     def step_for(self, x: Tensor) -> Tensor:
         """The step in the shape that meets x, its gradient scaled."""
-        factor = gradient_factor(x, self.spec, self.spec.positive, self.grad_scale)
+        factor = gradient_factor(x, self.spec, self.ends[1], self.grad_scale)
         step = scale_gradient(self.step, factor)
         return step.view(-1, *[1] * (x.ndim - 1)) if self.spec.granularity == "channel" else step
 
     def quantize(self, x: Tensor) -> Tensor:
         """Arithmetic, so that any bit width costs the same."""
-        return quantize_to_grid(x, self.step_for(x), -self.spec.negative, self.spec.positive)
+        return quantize_to_grid(x, self.step_for(x), *self.ends)
 
     def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
         """As `quantize`."""
-        return relu_and_quantize(x, self.step_for(x), (-self.spec.negative, self.spec.positive), inplace=inplace)
+        return relu_and_quantize(x, self.step_for(x), self.ends, inplace=inplace)
 
     def after_step(self) -> None:
         """Keep every step positive; each is a table of its own."""

@@ -29,7 +29,8 @@ class NuLSQ(Quantizer):
         super().__init__(spec)
         self.grad_scale = grad_scale
         self.gaps = nn.Parameter(torch.ones(spec.channels, spec.gaps))  # from the lowest gap to the highest
-        self._by_gaps = grad_scale == "none" and spec.grid == "float"  # nothing stands between gaps and levels
+        # Where nothing stands between gaps and levels they are one operation, which wants to know how many lie below zero.
+        self._below = spec.negative if grad_scale == "none" and spec.grid == "float" else None
 
     @torch.no_grad()
     def initialize(self, stats: TensorStats, rule: str) -> None:
@@ -56,14 +57,14 @@ class NuLSQ(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
-        if self._by_gaps:
-            return quantize_by_gaps(x, self.gaps, self.spec.negative)
+        if self._below is not None:
+            return quantize_by_gaps(x, self.gaps, self._below)
         return quantize_to_levels(x, self.trained_levels(x))
 
     def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
         """As `quantize`."""
-        if self._by_gaps:
-            return relu_and_quantize(x, self.gaps, self.spec.negative, inplace=inplace)
+        if self._below is not None:
+            return relu_and_quantize(x, self.gaps, self._below, inplace=inplace)
         return relu_and_quantize(x, self.trained_levels(x), inplace=inplace)
 
     def after_step(self) -> None:

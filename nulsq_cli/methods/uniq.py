@@ -38,7 +38,7 @@ class UniQ(LSQ):
         if not self.spec.signed:
             return super().quantize(x)
         step = self.step_for(x)
-        return quantize_to_grid(x - step / 2, step, -self.spec.negative, self.spec.positive) + step / 2
+        return quantize_to_grid(x - step / 2, step, *self.ends) + step / 2
 
     def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
         """As LSQ where it quantizes as LSQ does."""

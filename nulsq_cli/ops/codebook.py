@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -77,8 +79,7 @@ def levels_of(table: Tensor, negative: int | None) -> Tensor:
     return levels[0] if len(levels) == 1 else levels
 
 
-def to_table(to_levels: Tensor, negative: int | None) -> Tensor:
-    """The gradient to the table from the one to its levels."""
+def _to_table(to_levels: Tensor, negative: int | None) -> Tensor:
     if negative is None:
         return to_levels
     return _around_backward(to_levels if to_levels.ndim == 2 else to_levels[None], negative)
@@ -160,33 +161,38 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
 
 def nearest(x: Tensor, table: Tensor, negative: int | None = None) -> Tensor:
     """The forward of `quantize_to_levels` or, with gaps, of `quantize_by_gaps`; without a gradient."""
+    if not torch.compiler.is_compiling() and fast.loops(x, table, negative) is native:
+        return native.lookup(x, table, None, negative)
     levels = levels_of(table, negative)
-    if not torch.compiler.is_compiling() and fast.loops(x, levels) is native:
-        return native.lookup(x, levels, None)
     return lookup(x, levels, midpoints(levels))
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, negative: int | None) -> Tensor:
-        levels = levels_of(table, negative)
-        ctx.save_for_backward(x, levels)
+        ctx.save_for_backward(x, table)
         ctx.negative = negative  # type: ignore[attr-defined]
-        return nearest(x, levels)
+        return nearest(x, table, negative)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, levels), negative = ctx.saved_tensors, ctx.negative  # type: ignore[attr-defined]
-        if torch.compiler.is_compiling():
-            to_x, to_levels = traced.levels_backward(grad, x, levels)
-            return to_x, to_table(to_levels, negative), None
+        (x, table), negative = ctx.saved_tensors, ctx.negative  # type: ignore[attr-defined]
         # A derivative of this derivative is asked for where gradients are recorded: the eager function has one.
-        loops = None if torch.is_grad_enabled() else fast.loops(x, levels, trained=True)
+        recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        loops = None if recorded else fast.loops(x, table, negative, trained=True)
         if loops is native:
-            to_x, to_levels = native.levels_backward(grad, x, levels, spent=read_by_one_layer(ctx))
-        else:
-            to_x, to_levels = (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
-        return to_x, to_table(to_levels, negative), None
+            return *native.levels_backward(grad, x, table, negative, spent=read_by_one_layer(ctx)), None
+        return *backward_by(grad, x, table, negative, loops), None
+
+
+def backward_by(grad: Tensor, x: Tensor, table: Tensor, negative: int | None, loops: ModuleType | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients to x and to levels or gaps, by the loops of a compiler or, without, by `backward_eager`."""
+    levels = levels_of(table, negative)
+    if torch.compiler.is_compiling():
+        to_x, to_levels = traced.levels_backward(grad, x, levels)
+    else:
+        to_x, to_levels = (backward_eager if loops is None else loops.levels_backward)(grad, x, levels)
+    return to_x, _to_table(to_levels, negative)
 
 
 def backward_eager(grad: Tensor, x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,20 +46,25 @@ def _keep_freed_memory() -> None:
         settings(trim_threshold, 2**31 - 1)
 
 
-def loops(x: Tensor, table: Tensor, *, grid: bool = False, trained: bool = False) -> ModuleType | None:
+Kind = int | tuple[int, int] | None
+"""What a table holds: levels (None), the gaps between them (how many lie below zero), or the step of a grid (its end codes)."""
+
+
+def loops(x: Tensor, table: Tensor, kind: Kind = None, *, trained: bool = False) -> ModuleType | None:
     """The module whose functions take x; None for the eager ones.
 
     Args:
         x: what is quantized.
-        table: its levels, (K,) or (C, K), or its steps.
-        grid: whether they are steps.
-        trained: whether a gradient to the levels is asked for.
+        table: (K,) or (C, K) levels, (C, K-1) gaps, or (1,) or (C, 1, ..., 1) steps.
+        kind: which of them.
+        trained: whether a gradient to the table is asked for.
     """
     if not (_wanted and type(x) in _PLAIN and x.dtype is table.dtype is torch.float32 and x.numel() and x.device == table.device):
         return None
-    levels = 0 if grid else table.shape[-1]
+    grid = isinstance(kind, tuple)
+    levels = 0 if grid else table.shape[-1] + (kind is not None)
     if x.is_cpu:
         fits = levels <= (native.LARGEST_TRAINED_TABLE if trained else native.LARGEST_TABLE)
         return native if fits and native.library() is not None else None
-    one = table.numel() == (1 if grid else levels)
+    one = table.numel() == (1 if grid else table.shape[-1])
     return fused if one and levels <= fused.LARGEST_TABLE and fused.active() else None

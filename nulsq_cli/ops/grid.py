@@ -13,7 +13,7 @@ def nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     """The forward of `quantize_to_grid`, without a gradient."""
     if torch.compiler.is_compiling():
         return traced.grid(x, step, lowest, highest)
-    if (loops := fast.loops(x, step, grid=True)) is not None:
+    if (loops := fast.loops(x, step, (lowest, highest))) is not None:
         return loops.grid(x, step, lowest, highest)
     return (x / step).clamp_(lowest, highest).round_() * step
 
@@ -30,7 +30,7 @@ class _StraightThrough(torch.autograd.Function):
         x, step = ctx.saved_tensors  # type: ignore[attr-defined]
         if torch.compiler.is_compiling():
             return *traced.grid_backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
-        loops = None if torch.is_grad_enabled() else fast.loops(x, step, grid=True)  # as in codebook.py
+        loops = None if torch.is_grad_enabled() else fast.loops(x, step, ctx.ends)  # as in codebook.py
         if loops is native:
             return *native.grid_backward(grad, x, step, *ctx.ends, spent=read_by_one_layer(ctx)), None, None  # type: ignore[attr-defined]
         backward = backward_eager if loops is None else loops.grid_backward

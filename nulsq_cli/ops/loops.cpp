@@ -259,20 +259,60 @@ static void levels_backward(const float *g, const float *x, float *dx, int64_t r
 static inline vec rounded(vec v) { const vec magic = all(12582912.f); return (v + magic) - magic; }
 static inline vec held(vec v, vec low, vec high) { v = v < low ? low : v; return v > high ? high : v; }
 
-extern "C" {
-
-void nulsq_lookup(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *levels, const float *cuts, int count, int threads) {
-    if (count <= 4) lookup_small<4>(x, relu, y, rows, cols, levels, cuts, count, threads);
-    else if (count <= 8) lookup_small<8>(x, relu, y, rows, cols, levels, cuts, count, threads);
-    else if (count <= 16) lookup_small<16>(x, relu, y, rows, cols, levels, cuts, count, threads);
-    else lookup_large(x, relu, y, rows, cols, levels, cuts, count, threads);
+// Levels from the gaps between them, around one that is 0: `negative` gaps lie below it. Sums are exact to a rounding.
+static void around(const float *gaps, float *levels, int64_t rows, int count, int negative) {
+    for (int64_t row = 0; row < rows; ++row, gaps += count, levels += count + 1) {
+        levels[negative] = 0;
+        double sum = 0;
+        for (int k = negative; k < count; ++k) levels[k + 1] = (float)(sum += gaps[k]);
+        sum = 0;
+        for (int k = negative; k-- > 0;) levels[k] = (float)-(sum += gaps[k]);
+    }
 }
 
-void nulsq_levels_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *levels, float *to_levels, int count,
-                           int behind_relu, const float *others, int threads) {
-    if (count <= 4) levels_backward<4>(g, x, dx, rows, cols, levels, to_levels, count, {behind_relu != 0, others}, threads);
-    else if (count <= 8) levels_backward<8>(g, x, dx, rows, cols, levels, to_levels, count, {behind_relu != 0, others}, threads);
-    else levels_backward<16>(g, x, dx, rows, cols, levels, to_levels, count, {behind_relu != 0, others}, threads);
+static void around_backward(const float *g, float *to_gaps, int64_t rows, int count, int negative) {
+    for (int64_t row = 0; row < rows; ++row, g += count + 1, to_gaps += count) {
+        double sum = 0;
+        for (int k = count; k-- > negative;) to_gaps[k] = (float)(sum += g[k + 1]);
+        sum = 0;
+        for (int k = 0; k < negative; ++k) to_gaps[k] = (float)-(sum += g[k]);
+    }
+}
+
+// A table as it comes: `count` levels per row or, where `negative` is not below 0, the gaps between them.
+struct Levels {
+    std::vector<float> made;
+    const float *levels;
+    Levels(const float *table, int64_t rows, int count, int negative) : made(negative < 0 ? 0 : rows * count), levels(table) {
+        if (negative < 0) return;
+        around(table, made.data(), rows, count - 1, negative);
+        levels = made.data();
+    }
+};
+
+extern "C" {
+
+void nulsq_lookup(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *table, const float *cuts, int count, int negative,
+                  int threads) {
+    const Levels made(table, rows, count, negative);
+    const float *l = made.levels;
+    if (count <= 4) lookup_small<4>(x, relu, y, rows, cols, l, cuts, count, threads);
+    else if (count <= 8) lookup_small<8>(x, relu, y, rows, cols, l, cuts, count, threads);
+    else if (count <= 16) lookup_small<16>(x, relu, y, rows, cols, l, cuts, count, threads);
+    else lookup_large(x, relu, y, rows, cols, l, cuts, count, threads);
+}
+
+void nulsq_levels_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, const float *table, float *to_table, int count,
+                           int negative, int behind_relu, const float *others, int threads) {
+    const Levels made(table, rows, count, negative);
+    const float *l = made.levels;
+    const Behind behind{behind_relu != 0, others};
+    std::vector<float> to_levels(negative < 0 ? 0 : rows * count);
+    float *dl = negative < 0 ? to_table : to_levels.data();
+    if (count <= 4) levels_backward<4>(g, x, dx, rows, cols, l, dl, count, behind, threads);
+    else if (count <= 8) levels_backward<8>(g, x, dx, rows, cols, l, dl, count, behind, threads);
+    else levels_backward<16>(g, x, dx, rows, cols, l, dl, count, behind, threads);
+    if (negative >= 0) around_backward(dl, to_table, rows, count - 1, negative);
 }
 
 void nulsq_grid(const float *x, float *relu, float *y, int64_t rows, int64_t cols, const float *steps, float lowest, float highest, int threads) {
@@ -307,14 +347,10 @@ void nulsq_grid_backward(const float *g, const float *x, float *dx, int64_t rows
     }
 }
 
-void nulsq_around(const float *gaps, float *levels, int rows, int count, int negative) {
-    for (int row = 0; row < rows; ++row, gaps += count, levels += count + 1) {
-        levels[negative] = 0;
-        double sum = 0;
-        for (int k = negative; k < count; ++k) levels[k + 1] = (float)(sum += gaps[k]);
-        sum = 0;
-        for (int k = negative; k-- > 0;) levels[k] = (float)-(sum += gaps[k]);
-    }
+void nulsq_around(const float *gaps, float *levels, int rows, int count, int negative) { around(gaps, levels, rows, count, negative); }
+
+void nulsq_around_backward(const float *g, float *to_gaps, int rows, int count, int negative) {
+    around_backward(g, to_gaps, rows, count, negative);
 }
 
 void nulsq_keep_positive(float *steps, int rows, int count, float share, float smallest) {
@@ -323,15 +359,6 @@ void nulsq_keep_positive(float *steps, int rows, int count, float share, float s
         for (int k = 0; k < count; ++k) sum += steps[k] < 0 ? 0.f : steps[k];
         const float least = std::max((float)(sum / count) * share, smallest);  // not a number where one of them is none
         for (int k = 0; k < count; ++k) steps[k] = steps[k] >= least ? steps[k] : least;
-    }
-}
-
-void nulsq_around_backward(const float *g, float *to_gaps, int rows, int count, int negative) {
-    for (int row = 0; row < rows; ++row, g += count + 1, to_gaps += count) {
-        double sum = 0;
-        for (int k = count; k-- > negative;) to_gaps[k] = (float)(sum += g[k + 1]);
-        sum = 0;
-        for (int k = 0; k < negative; ++k) to_gaps[k] = (float)-(sum += g[k]);
     }
 }
 

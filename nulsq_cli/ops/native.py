@@ -41,8 +41,8 @@ def library() -> ctypes.CDLL | None:
         return None
     data, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     end = ctypes.c_float
-    loaded.nulsq_lookup.argtypes = [data, data, data, size, size, data, data, number, number]
-    loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number, data, number]
+    loaded.nulsq_lookup.argtypes = [data, data, data, size, size, data, data, number, number, number]
+    loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number, number, data, number]
     loaded.nulsq_grid.argtypes = [data, data, data, size, size, data, end, end, number]
     loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, end, end, number, data, number]
     loaded.nulsq_around.argtypes = loaded.nulsq_around_backward.argtypes = [data, data, number, number, number]
@@ -87,41 +87,50 @@ def _build(target: Path) -> None:
     raise RuntimeError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
 
 
-def lookup(x: Tensor, levels: Tensor, thresholds: Tensor | None, *, relu: Tensor | None = None, into: Tensor | None = None) -> Tensor:
-    """`codebook.lookup`; without thresholds, by the midpoints of the levels.
+def lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | None = None, *,
+           relu: Tensor | None = None, into: Tensor | None = None) -> Tensor:  # fmt: skip
+    """`codebook.lookup`; without thresholds, `codebook.nearest`.
 
     Args:
-        x, levels, thresholds: as there.
+        x: as there.
+        table: levels, (K,) or (C, K), or gaps, (C, K-1).
+        thresholds: as there; None for the midpoints of the levels.
+        negative: how many gaps lie below zero; None for levels.
         relu: if given, x goes through a ReLU first, whose result is written here: x itself, or of its shape and memory order.
         into: where the quantized result is written, which may be `relu`; a new tensor if None.
     """
-    x = _dense(x)
+    x, table = _dense(x), table.contiguous()
     y = torch.empty_like(x) if into is None else into
-    rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
-    levels = levels.contiguous()
+    rows, count, below = _layout(table, negative)
     cuts = None if thresholds is None else thresholds.contiguous()
-    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, levels.data_ptr(), _place(cuts), count,
-                           _threads(x))  # fmt: skip
+    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, table.data_ptr(), _place(cuts), count,
+                           below, _threads(x))  # fmt: skip
     return y
 
 
-def levels_backward(grad: Tensor, x: Tensor, levels: Tensor, *, spent: bool = False, behind_relu: bool = False,
-                    others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`codebook.backward_eager`, for tables of at most `LARGEST_TRAINED_TABLE` levels.
+def levels_backward(grad: Tensor, x: Tensor, table: Tensor, negative: int | None = None, *, spent: bool = False,
+                    behind_relu: bool = False, others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`codebook.backward_by`, for tables of at most `LARGEST_TRAINED_TABLE` levels.
 
     Args:
-        grad, x, levels: as there.
+        grad, x, table, negative: as there.
         spent: nobody reads grad afterwards, so that its memory may hold the gradient to x.
         behind_relu: x is the result of a ReLU, and the gradient is wanted to what went into that.
         others: the gradient that x gets from elsewhere, added before it goes through the ReLU.
     """
-    x, levels = _dense(x), levels.contiguous()
+    x, table = _dense(x), table.contiguous()
     grad, others = _like(grad, x), None if others is None else _like(others, x)
-    to_x, to_levels = grad if spent else torch.empty_like(x), torch.empty_like(levels)
-    rows, count = (1, levels.shape[0]) if levels.ndim == 1 else levels.shape
-    library().nulsq_levels_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, levels.data_ptr(),
-                                    to_levels.data_ptr(), count, behind_relu, _place(others), _threads(x))  # fmt: skip
-    return to_x, to_levels
+    to_x, to_table = grad if spent else torch.empty_like(x), torch.empty_like(table)
+    rows, count, below = _layout(table, negative)
+    library().nulsq_levels_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, table.data_ptr(),
+                                    to_table.data_ptr(), count, below, behind_relu, _place(others), _threads(x))  # fmt: skip
+    return to_x, to_table
+
+
+def _layout(table: Tensor, negative: int | None) -> tuple[int, int, int]:
+    """How many tables there are, of how many levels, and `negative` as C++ wants it."""
+    rows, size = (1, len(table)) if table.ndim == 1 else table.shape
+    return (rows, size, -1) if negative is None else (rows, size + 1, negative)
 
 
 def grid(x: Tensor, step: Tensor, lowest: int, highest: int, *, relu: Tensor | None = None) -> Tensor:

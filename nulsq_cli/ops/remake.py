@@ -29,6 +29,8 @@ class _Way:
     def __call__(self) -> Tensor:
         if _versions(self.arguments) != self.versions:
             raise RuntimeError("a tensor that a quantizer read was changed in place between forward and backward")
+        if not torch.is_grad_enabled():
+            return self.make(*self.arguments)
         with torch.no_grad():
             return self.make(*self.arguments)
 
