@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from nulsq_cli.ops import fast, native
 from nulsq_cli.values import TensorStats
 
 HALF = 2**13
@@ -39,23 +40,21 @@ class Measured:
     def add(self, chunk: int, x: Tensor) -> None:
         """Count one chunk, float32 of any shape; an entry that is not finite makes its sums so, too."""
         row = in_memory_order(x.detach().float())
-        ends = torch.stack(torch.aminmax(row)).cpu().double()
-        low, high = ends.tolist()
-        total = block_sum(row)
-        sizes = total.abs() if low >= 0 or high <= 0 else block_sum(row.abs())
-        self.sums[chunk] += torch.stack((torch.tensor(float(row.numel()), dtype=torch.float64), total, sizes, _square_sum(row)))
-        self.ends = torch.stack((torch.minimum(self.ends[0], ends[0]), torch.maximum(self.ends[1], ends[1])))
-        if not math.isfinite(low) or not math.isfinite(high):
+        loops = fast.readable(row)
+        total, sizes, squares, low, high = native.moments(row) if loops else _moments(row)
+        self.sums[chunk] += torch.tensor([row.numel(), total, sizes, squares], dtype=torch.float64)
+        if not math.isfinite(sizes):
             self.sums[chunk] = math.nan
             return
+        self.ends = torch.stack((self.ends[0].clamp_max(low), self.ends[1].clamp_min(high)))
         self.widen(reach(low, high))
         scale = HALF / 2.0**self.exponent
+        if loops:
+            native.add_histogram(row, scale, self.counts)
+            return
         # A power of two: nothing is rounded, unless tiny values become too small for float32.
         places = (row if scale >= 1 else row.double()) * scale
-        if low >= 0:
-            self.counts[HALF:] += torch.bincount(places.to(torch.int16), minlength=HALF).cpu()
-        else:
-            self.counts += torch.bincount(places.floor_().to(torch.int16) + HALF, minlength=2 * HALF).cpu()
+        self.counts += torch.bincount(places.floor_().to(torch.int16) + HALF, minlength=2 * HALF).cpu()
 
     def widen(self, exponent: int) -> None:
         """Join bins until they are 2**exponent / HALF wide."""
@@ -96,8 +95,10 @@ def block_sum(row: Tensor) -> Tensor:
     return torch.cat([block.sum(-1) for block in _blocks(row)]).cpu().double().sum()
 
 
-def _square_sum(row: Tensor) -> Tensor:
-    return torch.cat([torch.linalg.vector_norm(block, dim=-1) for block in _blocks(row)]).cpu().double().square().sum()
+def _moments(row: Tensor) -> list[float]:
+    """`native.moments`, step by step."""
+    squares = torch.cat([torch.linalg.vector_norm(block, dim=-1) for block in _blocks(row)]).cpu().double().square().sum()
+    return [float(v) for v in (block_sum(row), block_sum(row.abs()), squares, *torch.aminmax(row))]
 
 
 def _blocks(row: Tensor) -> tuple[Tensor, Tensor]:

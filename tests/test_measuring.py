@@ -7,6 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nulsq_cli.measuring import HALF, Measured, reach
+from nulsq_cli.ops import fast, native
+
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["loops", "eager"], scope="module")
+def _both_ways(request):
+    fast.use(request.param)
+    yield
+    fast.use(True)
+
 
 numbers = st.floats(-(2.0**40), 2.0**40, width=32) | st.floats(-4, 4, width=32) | st.floats(0, 2**-90, width=32) | st.just(0.0)
 tensors = st.lists(st.lists(numbers, min_size=1, max_size=30).map(torch.tensor), min_size=1, max_size=5)
@@ -71,3 +81,26 @@ def test_zeros_after_relu_are_a_point_at_zero():
 def test_what_is_not_finite_shows_in_the_sums(bad):
     found = measured([torch.ones(3), torch.tensor([0.0, bad]), torch.ones(3)])
     assert not torch.isfinite(found.sums).all() and torch.isfinite(found.sums[0]).all()
+
+
+@pytest.mark.parametrize("size", [1, 15, 4096, 4097, 70_001])
+def test_the_bits_depend_on_no_thread_count(size):
+    x, before, found = torch.randn(size), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(measured([x, x.abs() * 5, -x.abs()]))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other.sums, found[0].sums) and torch.equal(other.counts, found[0].counts)
+        assert torch.equal(other.ends, found[0].ends)
+
+
+def test_the_loops_are_taken(monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+    calls = []
+    for name in ("moments", "add_histogram"):
+        plain = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *args, name=name, plain=plain: (calls.append(name), plain(*args))[1])
+    measured([torch.rand(3)])
+    assert calls == (["moments", "add_histogram"] if fast.readable(torch.ones(1)) else [])

@@ -46,6 +46,11 @@ def _keep_freed_memory() -> None:
         settings(trim_threshold, 2**31 - 1)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the loops of the CPU read x: float32, not empty, nothing that only stands for a tensor."""
+    return _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and x.numel() > 0 and native.library() is not None
+
+
 Kind = int | tuple[int, int] | None
 """What a table holds: levels (None), the gaps between them (how many lie below zero), or the step of a grid (its end codes)."""
 

@@ -47,7 +47,9 @@ def library() -> ctypes.CDLL | None:
     loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, end, end, number, data, number]
     loaded.nulsq_around.argtypes = loaded.nulsq_around_backward.argtypes = [data, data, number, number, number]
     loaded.nulsq_keep_positive.argtypes = [data, number, number, end, end]
-    for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive"):
+    loaded.nulsq_moments.argtypes = [data, size, data, number]
+    loaded.nulsq_histogram.argtypes = [data, size, ctypes.c_double, data, number, number]
+    for name in ("moments", "histogram", "lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive"):
         getattr(loaded, f"nulsq_{name}").restype = None
     return loaded
 
@@ -177,6 +179,21 @@ def keep_positive(steps: Tensor, share: float, smallest: float) -> None:
     """`base.keep_positive` for dense steps: one call for what is done after every update, for every table."""
     count = steps.shape[-1]
     library().nulsq_keep_positive(steps.data_ptr(), steps.numel() // count, count, share, smallest)
+
+
+def moments(x: Tensor) -> list[float]:
+    """Of all entries: their sum, that of their sizes and of their squares, the least and the largest one.
+
+    Sums are in float64, the same bits for any number of threads. Where an entry is not finite, the second is not either.
+    """
+    found = torch.empty(5, dtype=torch.float64)
+    library().nulsq_moments(x.data_ptr(), x.numel(), found.data_ptr(), _threads(x))
+    return found.tolist()
+
+
+def add_histogram(x: Tensor, scale: float, counts: Tensor) -> None:
+    """Add every entry to bin floor(x * scale) + N/2 of `counts`, (N,) int64; all of them have to fall into one."""
+    library().nulsq_histogram(x.data_ptr(), x.numel(), scale, counts.data_ptr(), len(counts) // 2, _threads(x))
 
 
 def _threads(x: Tensor) -> int:
