@@ -10,7 +10,6 @@ from nulsq_cli.measuring import HALF, Measured, reach
 from nulsq_cli.ops import fast, native
 
 
-
 @pytest.fixture(autouse=True, params=[True, False], ids=["loops", "eager"], scope="module")
 def _both_ways(request):
     fast.use(request.param)

@@ -15,6 +15,9 @@ from nulsq_cli.ops.estimators import straight_through
 from nulsq_cli.ops.relu import Both, relu_and_lookup
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
+Tables = tuple[Tensor, Tensor | None, int | None]
+"""Levels and thresholds, None for their midpoints; or gaps, None, and how many of them lie below zero."""
+
 SMALLEST_SHARE = 1e-3
 SMALLEST_STEP = 1e-8
 
@@ -126,7 +129,8 @@ class Quantizer(nn.Module):
 
     def _nearest(self) -> bool:
         own = type(self)
-        return own.own_codebook is Quantizer.own_codebook and own.thresholds is Quantizer.thresholds
+        names = ("codebook", "own_codebook", "thresholds")
+        return all(getattr(own, name) is getattr(Quantizer, name) for name in names)
 
     def on_grid(self, levels: Tensor) -> Tensor:
         """Levels, (K,) or (C, K), where the spec wants them; their gradient as if they had not moved."""
@@ -204,18 +208,28 @@ class Quantizer(nn.Module):
         return (self.quantize if self.training else self._by_tables)(x.float()).to(x.dtype)
 
     def _by_tables(self, x: Tensor) -> Tensor:
-        tables = self._tables_now(x)
-        quantized = codebook.lookup(x, tables.levels, tables.thresholds)
+        table, thresholds, negative = self._tables_now(x)
+        if thresholds is None:
+            quantized = codebook.nearest(x, table, negative)
+        else:
+            quantized = codebook.lookup(x, table, thresholds)
         if self._kept is not None and self.spec.role == "weight" and not torch.compiler.is_compiling():
             self._kept["weight"] = quantized
         return quantized
 
-    def _tables_now(self, x: Tensor) -> Codebook:
+    def _tables_now(self, x: Tensor) -> Tables:
         if torch.compiler.is_compiling() or self._kept is None:
-            return self.codebook(x)
+            return self.tables(x)
         if "tables" not in self._kept:
-            self._kept["tables"] = self.codebook(x)
+            self._kept["tables"] = self.tables(x)
         return self._kept["tables"]
+
+    def tables(self, x: Tensor) -> Tables:
+        """The numbers of `codebook(x)`, in the form that is looked up soonest."""
+        if self.spec.grid == "float" and self._nearest():
+            return self.levels().detach(), None, None
+        found = self.codebook(x)
+        return found.levels, found.thresholds, None
 
     def behind_relu(self, x: Tensor, inplace: bool, alone: bool = False) -> Both | None:
         """What a ReLU makes of x, and what this quantizer makes of that, in one pass.
@@ -234,8 +248,7 @@ class Quantizer(nn.Module):
             return self.quantize_behind_relu(x, inplace)
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        tables = self._tables_now(x)
-        return relu_and_lookup(x, tables.levels, tables.thresholds, inplace=inplace, alone=alone and self._kept is not None)
+        return relu_and_lookup(x, *self._tables_now(x), inplace=inplace, alone=alone and self._kept is not None)
 
     def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
         """`behind_relu` in training; a method whose `quantize` is one operation has it."""

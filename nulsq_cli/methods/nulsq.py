@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nulsq_cli import initializers
 from nulsq_cli.errors import pick
-from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
+from nulsq_cli.methods.base import Quantizer, Tables, gradient_factor, keep_positive
 from nulsq_cli.ops.codebook import levels_around_zero, quantize_by_gaps, quantize_to_levels
 from nulsq_cli.ops.estimators import scale_gradient
 from nulsq_cli.ops.relu import Both, relu_and_quantize
@@ -54,6 +54,10 @@ class NuLSQ(Quantizer):
             if side.shape[1]
         ]
         return self.on_grid(self.levels(torch.cat(scaled, 1)))
+
+    def tables(self, x: Tensor) -> Tables:
+        """The gaps themselves, where nothing stands between them and the levels."""
+        return super().tables(x) if self._below is None else (self.gaps.detach(), None, self._below)
 
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""

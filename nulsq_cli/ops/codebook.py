@@ -185,7 +185,8 @@ class _StraightThrough(torch.autograd.Function):
         return *backward_by(grad, x, table, negative, loops), None
 
 
-def backward_by(grad: Tensor, x: Tensor, table: Tensor, negative: int | None, loops: ModuleType | None = None) -> tuple[Tensor, Tensor]:
+def backward_by(grad: Tensor, x: Tensor, table: Tensor, negative: int | None,
+                loops: ModuleType | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients to x and to levels or gaps, by the loops of a compiler or, without, by `backward_eager`."""
     levels = levels_of(table, negative)
     if torch.compiler.is_compiling():

@@ -48,7 +48,8 @@ def _keep_freed_memory() -> None:
 
 def readable(x: Tensor) -> bool:
     """Whether the loops of the CPU read x: float32, not empty, nothing that only stands for a tensor."""
-    return _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and x.numel() > 0 and native.library() is not None
+    ours = _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and x.numel() > 0
+    return ours and native.library() is not None
 
 
 Kind = int | tuple[int, int] | None

@@ -49,7 +49,8 @@ def library() -> ctypes.CDLL | None:
     loaded.nulsq_keep_positive.argtypes = [data, number, number, end, end]
     loaded.nulsq_moments.argtypes = [data, size, data, number]
     loaded.nulsq_histogram.argtypes = [data, size, ctypes.c_double, data, number, number]
-    for name in ("moments", "histogram", "lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive"):
+    for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive", "moments",
+                 "histogram"):  # fmt: skip
         getattr(loaded, f"nulsq_{name}").restype = None
     return loaded
 
@@ -105,8 +106,8 @@ def lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | 
     y = torch.empty_like(x) if into is None else into
     rows, count, below = _layout(table, negative)
     cuts = None if thresholds is None else thresholds.contiguous()
-    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, table.data_ptr(), _place(cuts), count,
-                           below, _threads(x))  # fmt: skip
+    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, table.data_ptr(), _place(cuts),
+                           count, below, _threads(x))  # fmt: skip
     return y
 
 

@@ -15,11 +15,15 @@ from nulsq_cli.ops.remake import made_by, read_by_one_layer
 Both = tuple[Tensor, Tensor]
 """The ReLU's result, and the same quantized."""
 
+
 class _Both(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, kind: fast.Kind, inplace: bool) -> Both:
         y = x if inplace else torch.empty_like(x)
-        quantized = native.grid(x, table, *kind, relu=y) if isinstance(kind, tuple) else native.lookup(x, table, None, kind, relu=y)
+        if isinstance(kind, tuple):
+            quantized = native.grid(x, table, *kind, relu=y)
+        else:
+            quantized = native.lookup(x, table, None, kind, relu=y)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, table)
@@ -28,7 +32,8 @@ class _Both(torch.autograd.Function):
         return y, quantized
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, others: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, others: Tensor | None,
+                 grad: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
         (y, table), kind = ctx.saved_tensors, ctx.kind  # type: ignore[attr-defined]
         if grad is None:
             return None if others is None else others.masked_fill(y <= 0, 0), None, None, None
@@ -59,18 +64,20 @@ def relu_and_quantize(x: Tensor, table: Tensor, kind: fast.Kind = None, *, inpla
     return y, made_by(quantized, native.lookup, y, table, None, kind)
 
 
-def relu_and_lookup(x: Tensor, levels: Tensor, thresholds: Tensor, *, inplace: bool = False, alone: bool = False) -> Both | None:
-    """`relu(x)`, and that through `codebook.lookup`, without a gradient; otherwise as `relu_and_quantize`.
+def relu_and_lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | None, *, inplace: bool = False,
+                    alone: bool = False) -> Both | None:  # fmt: skip
+    """`relu(x)`, and that looked up, without a gradient; otherwise as `relu_and_quantize`.
 
     Args:
-        x, levels, thresholds: as in `lookup`.
+        x: (...).
+        table, thresholds, negative: as for `native.lookup`.
         inplace: x becomes the ReLU's result.
         alone: x becomes the quantized result, and stands for both: memory that need not be fetched saves most of the time.
     """
-    if not _taken(x, levels, None, inplace):
+    if not _taken(x, table, negative, inplace):
         return None
     y = x if inplace else torch.empty_like(x)
-    quantized = native.lookup(x, levels, thresholds, relu=y, into=y if alone else None)
+    quantized = native.lookup(x, table, thresholds, negative, relu=y, into=y if alone else None)
     if inplace:
         torch.autograd.graph.increment_version(x)
     return y, quantized

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 WORTH_MAKING_TWICE = 1 << 16
 """Entries from which on keeping a tensor costs more than making it again: the weights of small networks have fewer."""
 

@@ -44,7 +44,7 @@ def test_an_evaluation_computes_what_single_batches_do_and_remembers_nothing(met
 def test_tables_are_computed_once_however_many_batches_there_are(monkeypatch):
     model, calls = quantized("nulsq-wa"), []
     for name, q in quantizers(model).items():
-        monkeypatch.setattr(q, "codebook", lambda x, own=q.codebook, name=name: calls.append(name) or own(x))
+        monkeypatch.setattr(q, "tables", lambda x, own=q.tables, name=name: calls.append(name) or own(x))
     evaluate(model, BATCHES, ALONE)
     assert sorted(calls) == sorted(quantizers(model))
 
