@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nulsq_cli import api
-from nulsq_cli.layers import quantizers
+from nulsq_cli.layers import quantizers, weights_together
 from nulsq_cli.models import create_float_model
 from nulsq_cli.training import watch
 from nulsq_cli.training.optim import Pair
@@ -90,7 +90,8 @@ class Step:
 
     def loss(self) -> Tensor:
         """Of the forward pass, with its graph."""
-        return F.cross_entropy(self.model(self.images), self.target)
+        with weights_together(self.model):
+            return F.cross_entropy(self.model(self.images), self.target)
 
     def __call__(self) -> None:
         """One whole step."""

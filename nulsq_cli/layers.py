@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.ops import codebook
 from nulsq_cli.ops.remake import instead_of_keeping
+from nulsq_cli.ops.together import fits, quantize_together
 from nulsq_cli.values import Codebook
 
 
@@ -48,6 +49,8 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
+        if (ready := self.__dict__.pop("_ready", None)) is not None:
+            return ready
         quantizer = self.weight_quantizer
         if quantizer is None:
             return self.weight
@@ -134,6 +137,33 @@ def _taken(x: Tensor, reader: QuantLayer) -> Tensor | None:
         return None
     del x._nulsq_ready  # type: ignore[attr-defined]
     return ready[1] if ready[2] == x._version else None
+
+
+@contextmanager
+def weights_together(model: nn.Module) -> Iterator[None]:
+    """Inside, one forward pass in training takes weights that were quantized as one operation, with the same bits.
+
+    Their gradients then come at the end of the backward pass, all at once. What has its own way (a method of several
+    operations, frozen weights, somebody watching a quantizer, a compiled model) keeps it.
+    """
+    layers, wanted = [], []
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and getattr(model, "_compiled_call_impl", None) is None:
+        for layer in quant_layers(model).values():
+            quantizer = layer.weight_quantizer
+            if quantizer is None or layer.weight_freezer is not None or not quantizer.training or quantizer.hooked:
+                continue
+            operation = quantizer.operation(layer.weight)
+            if operation is not None and fits(layer.weight, *operation):
+                layers.append(layer)
+                wanted.append((layer.weight, *operation))
+    try:
+        if layers:
+            for layer, ready in zip(layers, quantize_together(wanted), strict=True):
+                layer.__dict__["_ready"] = ready
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_ready", None)
 
 
 @contextmanager

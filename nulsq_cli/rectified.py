@@ -27,8 +27,8 @@ class QuantReLU(nn.ReLU):
         quantizer = None if torch.compiler.is_compiling() else reader.input_quantizer
         if quantizer is None:
             return super().forward(x)
-        alone = self.alone and not (self._forward_hooks or reader._forward_pre_hooks or reader._forward_hooks)
-        both = quantizer.behind_relu(x, self.inplace, alone)
+        watched = self._forward_hooks or reader._forward_pre_hooks or reader._forward_hooks
+        both = quantizer.behind_relu(x, self.inplace, self.alone and not watched)
         return super().forward(x) if both is None else prepare(*both, reader)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nulsq_cli.initializers import RunningSums
 from nulsq_cli.ops import codebook, fast, integer, native
 from nulsq_cli.ops.estimators import straight_through
-from nulsq_cli.ops.relu import Both, relu_and_lookup
+from nulsq_cli.ops.relu import Both, relu_and_lookup, relu_and_quantize
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
 Tables = tuple[Tensor, Tensor | None, int | None]
@@ -56,8 +56,8 @@ class Quantizer(nn.Module):
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        if "quantize" in vars(cls) and "quantize_behind_relu" not in vars(cls):  # that of its base is another formula's
-            cls.quantize_behind_relu = Quantizer.quantize_behind_relu  # type: ignore[method-assign]
+        if "quantize" in vars(cls) and "operation" not in vars(cls):  # that of its base is another formula's
+            cls.operation = Quantizer.operation  # type: ignore[method-assign]
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -231,6 +231,10 @@ class Quantizer(nn.Module):
         found = self.codebook(x)
         return found.levels, found.thresholds, None
 
+    def operation(self, x: Tensor) -> tuple[Tensor, fast.Kind] | None:
+        """The table and its kind, if `quantize(x)` is nothing but one operation of `ops` on them, which may be done elsewhere."""
+        return None
+
     def behind_relu(self, x: Tensor, inplace: bool, alone: bool = False) -> Both | None:
         """What a ReLU makes of x, and what this quantizer makes of that, in one pass.
 
@@ -242,17 +246,19 @@ class Quantizer(nn.Module):
         Returns:
             Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
         """
-        if self._forward_hooks or self._forward_pre_hooks:
+        if self.hooked:
             return None
         if self.training:
-            return self.quantize_behind_relu(x, inplace)
+            operation = self.operation(x)
+            return None if operation is None else relu_and_quantize(x, *operation, inplace=inplace)
         if x.requires_grad and torch.is_grad_enabled():
             return None
         return relu_and_lookup(x, *self._tables_now(x), inplace=inplace, alone=alone and self._kept is not None)
 
-    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
-        """`behind_relu` in training; a method whose `quantize` is one operation has it."""
-        return None
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody wants to know when this module is called."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def extra_repr(self) -> str:
         """What shows up when the module is printed."""

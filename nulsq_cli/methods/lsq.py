@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from nulsq_cli import initializers
 from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
 from nulsq_cli.ops.estimators import scale_gradient
+from nulsq_cli.ops.fast import Kind
 from nulsq_cli.ops.grid import quantize_to_grid
-from nulsq_cli.ops.relu import Both, relu_and_quantize
 from nulsq_cli.values import QuantSpec, TensorStats
 
 
@@ -49,13 +49,13 @@ class LSQ(Quantizer):
         step = scale_gradient(self.step, factor)
         return step.view(-1, *[1] * (x.ndim - 1)) if self.spec.granularity == "channel" else step
 
+    def operation(self, x: Tensor) -> tuple[Tensor, Kind]:
+        """On an even grid."""
+        return self.step_for(x), self.ends
+
     def quantize(self, x: Tensor) -> Tensor:
         """Arithmetic, so that any bit width costs the same."""
         return quantize_to_grid(x, self.step_for(x), *self.ends)
-
-    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
-        """As `quantize`."""
-        return relu_and_quantize(x, self.step_for(x), self.ends, inplace=inplace)
 
     def after_step(self) -> None:
         """Keep every step positive; each is a table of its own."""

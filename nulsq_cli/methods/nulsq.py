@@ -10,7 +10,7 @@ from nulsq_cli.errors import pick
 from nulsq_cli.methods.base import Quantizer, Tables, gradient_factor, keep_positive
 from nulsq_cli.ops.codebook import levels_around_zero, quantize_by_gaps, quantize_to_levels
 from nulsq_cli.ops.estimators import scale_gradient
-from nulsq_cli.ops.relu import Both, relu_and_quantize
+from nulsq_cli.ops.fast import Kind
 from nulsq_cli.values import QuantSpec, TensorStats
 
 
@@ -59,17 +59,14 @@ class NuLSQ(Quantizer):
         """The gaps themselves, where nothing stands between them and the levels."""
         return super().tables(x) if self._below is None else (self.gaps.detach(), None, self._below)
 
+    def operation(self, x: Tensor) -> tuple[Tensor, Kind]:
+        """On gaps where nothing stands between them and the levels, else on levels."""
+        return (self.trained_levels(x), None) if self._below is None else (self.gaps, self._below)
+
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
-        if self._below is not None:
-            return quantize_by_gaps(x, self.gaps, self._below)
-        return quantize_to_levels(x, self.trained_levels(x))
-
-    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
-        """As `quantize`."""
-        if self._below is not None:
-            return relu_and_quantize(x, self.gaps, self._below, inplace=inplace)
-        return relu_and_quantize(x, self.trained_levels(x), inplace=inplace)
+        table, below = self.operation(x)
+        return quantize_to_levels(x, table) if below is None else quantize_by_gaps(x, table, below)
 
     def after_step(self) -> None:
         """A gap may become small, not close or invert."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.methods.lsq import LSQ
+from nulsq_cli.ops.fast import Kind
 from nulsq_cli.ops.grid import quantize_to_grid
-from nulsq_cli.ops.relu import Both
 from nulsq_cli.values import TensorStats
 
 
@@ -40,6 +40,6 @@ class UniQ(LSQ):
         step = self.step_for(x)
         return quantize_to_grid(x - step / 2, step, *self.ends) + step / 2
 
-    def quantize_behind_relu(self, x: Tensor, inplace: bool) -> Both | None:
-        """As LSQ where it quantizes as LSQ does."""
-        return None if self.spec.signed else super().quantize_behind_relu(x, inplace)
+    def operation(self, x: Tensor) -> tuple[Tensor, Kind] | None:
+        """LSQ's where it quantizes as LSQ does."""
+        return None if self.spec.signed else super().operation(x)

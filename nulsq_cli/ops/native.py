@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +157,19 @@ def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: i
     library().nulsq_grid_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, step.data_ptr(),
                                   to_step.data_ptr(), lowest, highest, behind_relu, _place(others), _threads(x))  # fmt: skip
     return to_x, to_step
+
+
+def quantize(x: Tensor, table: Tensor, kind: int | tuple[int, int] | None, *, relu: Tensor | None = None) -> Tensor:
+    """`lookup` or `grid`, by what kind of table it is (`fast.Kind`)."""
+    return grid(x, table, *kind, relu=relu) if isinstance(kind, tuple) else lookup(x, table, None, kind, relu=relu)
+
+
+def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: int | tuple[int, int] | None,
+                      **more: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`levels_backward` or `grid_backward`, likewise."""
+    if isinstance(kind, tuple):
+        return grid_backward(grad, x, table, *kind, **more)
+    return levels_backward(grad, x, table, kind, **more)
 
 
 def around(gaps: Tensor, negative: int) -> Tensor:

@@ -20,10 +20,7 @@ class _Both(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, kind: fast.Kind, inplace: bool) -> Both:
         y = x if inplace else torch.empty_like(x)
-        if isinstance(kind, tuple):
-            quantized = native.grid(x, table, *kind, relu=y)
-        else:
-            quantized = native.lookup(x, table, None, kind, relu=y)
+        quantized = native.quantize(x, table, kind, relu=y)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, table)
@@ -37,12 +34,18 @@ class _Both(torch.autograd.Function):
         (y, table), kind = ctx.saved_tensors, ctx.kind  # type: ignore[attr-defined]
         if grad is None:
             return None if others is None else others.masked_fill(y <= 0, 0), None, None, None
-        ends = kind if isinstance(kind, tuple) else (kind,)
         if torch.is_grad_enabled():  # as in codebook.py
-            to_y, to_table = (grid.backward_eager if ends is kind else codebook.backward_by)(grad, y, table, *ends)
+            to_y, to_table = backward_eager(grad, y, table, kind)
             return (to_y if others is None else to_y + others).masked_fill(y <= 0, 0), to_table, None, None
-        backward = native.grid_backward if ends is kind else native.levels_backward
-        return *backward(grad, y, table, *ends, spent=read_by_one_layer(ctx), behind_relu=True, others=others), None, None
+        spent = read_by_one_layer(ctx)
+        return *native.quantize_backward(grad, y, table, kind, spent=spent, behind_relu=True, others=others), None, None
+
+
+def backward_eager(grad: Tensor, x: Tensor, table: Tensor, kind: fast.Kind) -> tuple[Tensor, Tensor]:
+    """The gradients to x and to the table, step by step."""
+    if isinstance(kind, tuple):
+        return grid.backward_eager(grad, x, table, *kind)
+    return codebook.backward_by(grad, x, table, kind)
 
 
 def relu_and_quantize(x: Tensor, table: Tensor, kind: fast.Kind = None, *, inplace: bool = False) -> Both | None:
@@ -59,9 +62,7 @@ def relu_and_quantize(x: Tensor, table: Tensor, kind: fast.Kind = None, *, inpla
     if not _taken(x, table, kind, inplace, trained=True):
         return None
     y, quantized = _Both.apply(x, table, kind, inplace)
-    if isinstance(kind, tuple):
-        return y, made_by(quantized, native.grid, y, table, *kind)
-    return y, made_by(quantized, native.lookup, y, table, None, kind)
+    return y, made_by(quantized, native.quantize, y, table, kind)
 
 
 def relu_and_lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | None, *, inplace: bool = False,

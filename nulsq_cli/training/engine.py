@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nulsq_cli.calibrate import first_bad_layer
 from nulsq_cli.errors import DivergedError, Interrupted
-from nulsq_cli.layers import quantizers
+from nulsq_cli.layers import quantizers, weights_together
 from nulsq_cli.rectified import pair
 from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, curvature, watch
@@ -175,7 +175,9 @@ class Trainer(State):
             hold = self.task.trainable_module.no_sync()
         with hold:
             with self._autocast():
-                loss = self.task(images, target)["loss"]
+                # Several processes exchange each gradient as soon as it is there, so these should not all come at the end.
+                with weights_together(self.model) if self.world.size == 1 else contextlib.nullcontext():
+                    loss = self.task(images, target)["loss"]
                 for quantizer in self.quantizers:
                     if (penalty := quantizer.penalty()) is not None:
                         loss = loss + penalty
