@@ -180,6 +180,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def standing_still(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of the model changes: quantizers in evaluation mode have their tables and weights ready.
+
+    They are computed at the start, one after the other: between two layers each would cost several times as much.
+    """
+    found = quantizers(model).values()
+    try:
+        for quantizer in found:
+            quantizer._kept = {}
+        with torch.no_grad():
+            for layer in quant_layers(model).values():
+                if (weights := layer.weight_quantizer) is not None and not weights.training:
+                    weights(layer.weight)
+                if (inputs := layer.input_quantizer) is not None and not inputs.training:
+                    inputs.tables_now(layer.weight.new_zeros(1))
+        yield
+    finally:
+        for quantizer in found:
+            quantizer._kept = None
+
+
+@contextmanager
 def without(module: nn.Module, *names: str) -> Iterator[None]:
     """Some parameters or children of a module are None inside, and back afterwards."""
     kept = {name: getattr(module, name) for name in names}

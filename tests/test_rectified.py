@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from nulsq_cli.convert import Policy, convert, make_plan
-from nulsq_cli.layers import evaluating, quant_layers
+from nulsq_cli.layers import evaluating, quant_layers, standing_still
 from nulsq_cli.methods import base
-from nulsq_cli.methods.base import standing_still
 from nulsq_cli.methods.lsq import LSQ
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fast, native, relu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +50,7 @@ class Quantizer(nn.Module):
     grid_top: Tensor
 
     _kept: dict[str, Any] | None = None
-    """While nothing changes (`standing_still`): the tables, and of a weight what comes out."""
+    """While nothing changes (`layers.standing_still`): the tables, and of a weight what comes out."""
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -208,7 +206,7 @@ class Quantizer(nn.Module):
         return (self.quantize if self.training else self._by_tables)(x.float()).to(x.dtype)
 
     def _by_tables(self, x: Tensor) -> Tensor:
-        table, thresholds, negative = self._tables_now(x)
+        table, thresholds, negative = self.tables_now(x)
         if thresholds is None:
             quantized = codebook.nearest(x, table, negative)
         else:
@@ -217,7 +215,8 @@ class Quantizer(nn.Module):
             self._kept["weight"] = quantized
         return quantized
 
-    def _tables_now(self, x: Tensor) -> Tables:
+    def tables_now(self, x: Tensor) -> Tables:
+        """`tables(x)`, computed once while nothing changes."""
         if torch.compiler.is_compiling() or self._kept is None:
             return self.tables(x)
         if "tables" not in self._kept:
@@ -253,7 +252,7 @@ class Quantizer(nn.Module):
             return None if operation is None else relu_and_quantize(x, *operation, inplace=inplace)
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        return relu_and_lookup(x, *self._tables_now(x), inplace=inplace, alone=alone and self._kept is not None)
+        return relu_and_lookup(x, *self.tables_now(x), inplace=inplace, alone=alone and self._kept is not None)
 
     @property
     def hooked(self) -> bool:
@@ -264,19 +263,6 @@ class Quantizer(nn.Module):
         """What shows up when the module is printed."""
         sign = "signed" if self.spec.signed else "unsigned"
         return f"{self.spec.bits} bits, {sign}, per {self.spec.granularity}"
-
-
-@contextmanager
-def standing_still(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of the model changes, so its quantizers in evaluation mode compute tables and weights once."""
-    found = [m for m in model.modules() if isinstance(m, Quantizer)]
-    try:
-        for quantizer in found:
-            quantizer._kept = {}
-        yield
-    finally:
-        for quantizer in found:
-            quantizer._kept = None
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nulsq_cli.layers import evaluating
-from nulsq_cli.methods.base import standing_still
+from nulsq_cli.layers import evaluating, standing_still
 from nulsq_cli.rectified import pair
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
