@@ -37,7 +37,7 @@ class _Both(torch.autograd.Function):
         if torch.is_grad_enabled():  # as in codebook.py
             to_y, to_table = backward_eager(grad, y, table, kind)
             return (to_y if others is None else to_y + others).masked_fill(y <= 0, 0), to_table, None, None
-        spent = read_by_one_layer(ctx)
+        spent = read_by_one_layer(ctx, output=1)
         return *native.quantize_backward(grad, y, table, kind, spent=spent, behind_relu=True, others=others), None, None
 
 

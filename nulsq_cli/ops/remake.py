@@ -45,12 +45,12 @@ def made_by(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return y
 
 
-def read_by_one_layer(ctx: Any) -> bool:
-    """Whether the gradient that this function gets was made by the backward pass of one layer, and for it alone.
+def read_by_one_layer(ctx: Any, output: int = 0) -> bool:
+    """Whether the gradient that this function gets of an output was made by the backward pass of one layer, and for it alone.
 
     Its memory may then be used again: convolutions and linear layers write a new tensor.
     """
-    return getattr(ctx, "nulsq_layers", 0) == 1
+    return getattr(ctx, "nulsq_layers", {}).get(output) == 1
 
 
 def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -67,7 +67,8 @@ def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[An
     ways = {t.untyped_storage().data_ptr(): t._nulsq_way for t in noted}
     for t in noted:
         if t.grad_fn is not None:
-            t.grad_fn.nulsq_layers = getattr(t.grad_fn, "nulsq_layers", 0) + 1
+            counts = t.grad_fn.nulsq_layers = getattr(t.grad_fn, "nulsq_layers", {})
+            counts[t.output_nr] = counts.get(t.output_nr, 0) + 1
 
     def pack(kept: Tensor) -> Any:
         way = ways.get(kept.untyped_storage().data_ptr())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nulsq_cli.ops import fast, native
 from nulsq_cli.ops.relu import backward_eager
-from nulsq_cli.ops.remake import made_by
+from nulsq_cli.ops.remake import made_by, read_by_one_layer
 
 
 class _Together(torch.autograd.Function):
@@ -26,10 +26,15 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, found = ctx.saved_tensors, []  # type: ignore[attr-defined]
-        backward = backward_eager if torch.is_grad_enabled() else native.quantize_backward  # as in codebook.py
-        for grad, x, table, kind in zip(grads, tensors[::2], tensors[1::2], ctx.kinds, strict=True):  # type: ignore[attr-defined]
-            found += (None, None) if grad is None else backward(grad, x, table, kind)
+        tensors, kinds = ctx.saved_tensors, ctx.kinds  # type: ignore[attr-defined]
+        found: list[Tensor | None] = []
+        for number, (grad, x, table, kind) in enumerate(zip(grads, tensors[::2], tensors[1::2], kinds, strict=True)):
+            if grad is None:
+                found += None, None
+            elif torch.is_grad_enabled():  # as in codebook.py
+                found += backward_eager(grad, x, table, kind)
+            else:
+                found += native.quantize_backward(grad, x, table, kind, spent=read_by_one_layer(ctx, number))
         return None, *found
 
 
