@@ -1,7 +1,7 @@
 """Many small tensors quantized as one operation: the weights of a network.
 
 A call costs more than its work where weights are small, and most of that is fetching the code that runs: between two
-layers their inputs have passed through all caches. One after the other in one place, they cost a fifth.
+layers their inputs have passed through all caches. One after the other in one place, calls find it there.
 """
 
 from __future__ import annotations
