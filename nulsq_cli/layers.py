@@ -153,7 +153,8 @@ def weights_together(model: nn.Module) -> Iterator[None]:
             if quantizer is None or layer.weight_freezer is not None or not quantizer.training or quantizer.hooked:
                 continue
             operation = quantizer.operation(layer.weight)
-            if operation is not None and fits(layer.weight, *operation):
+            learned = operation is not None and (layer.weight.requires_grad or operation[0].requires_grad)
+            if learned and fits(layer.weight, *operation):
                 layers.append(layer)
                 wanted.append((layer.weight, *operation))
     try:
@@ -169,14 +170,15 @@ def weights_together(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module has its own mode back."""
-    training = [m for m in model.modules() if m.training]
+    modes = {m: m.training for m in model.modules()}
     try:
-        if training:
+        if any(modes.values()):
             model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            if module.training is not training:  # setting an attribute of a module is slow
+                module.training = training
 
 
 @contextmanager

@@ -71,8 +71,8 @@ def pair(model: nn.Module, images: Tensor) -> None:
         model: in any mode, on the device of the images.
         images: at least one that the model takes; two of them are run.
     """
-    if getattr(model, "_nulsq_paired", False):
-        return
+    if getattr(model, "_nulsq_paired", False) or not images.is_cpu or getattr(model, "_compiled_call_impl", None) is not None:
+        return  # done, or there are no such loops
     layers = quant_layers(model).values()
     relus = [m for m in model.modules() if type(m) is nn.ReLU]
     if not layers or not relus:

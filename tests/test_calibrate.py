@@ -171,3 +171,13 @@ def test_without_an_output_scale_no_image_is_read():
     net = model()
     convert(net, make_plan(net, Policy(Bits(3, 3), "lsq"), (3, 16, 16)))
     assert calibrate.match_output_scales(net, lambda: 1 / 0, 3) == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_has_its_mode_back(training):
+    torch.manual_seed(0)
+    model = create_float_model("resnet8_cifar", num_classes=10).train(training)
+    model.bn1.train(not training)
+    modes = [m.training for m in model.modules()]
+    calibrate.reestimate_batchnorm(model, lambda: [(0, torch.randn(4, 3, 8, 8))], 1)
+    assert [m.training for m in model.modules()] == modes

@@ -215,8 +215,16 @@ def test_a_method_with_another_formula_has_not_its_bases_fast_way():
         def quantize(self, x: torch.Tensor) -> torch.Tensor:
             return super().quantize(2 * x)
 
-    assert Doubled(QuantSpec(2, False)).behind_relu(torch.rand(9), inplace=False) is None
-    assert LSQ(QuantSpec(2, False)).behind_relu(torch.rand(9), inplace=False) is not None
+    x = torch.rand(9, requires_grad=True)
+    assert Doubled(QuantSpec(2, False)).behind_relu(x, inplace=False) is None
+    assert LSQ(QuantSpec(2, False)).behind_relu(x, inplace=False) is not None
+
+
+def test_what_was_not_trained_asks_for_no_gradient():
+    quantizer = LSQ(QuantSpec(2, False))
+    assert quantizer.behind_relu(torch.rand(9), inplace=False) is None  # else its shortcut would
+    y, quantized = quantizer.requires_grad_(False).behind_relu(torch.rand(9), inplace=False)
+    assert not y.requires_grad and not quantized.requires_grad
 
 
 @pytest.mark.parametrize("kind", [None, 0, (0, 3)])

@@ -84,6 +84,14 @@ def test_whoever_watches_or_freezes_a_weight_sees_it(monkeypatch):
     assert seen == ["called"] and {id(x) for x, *_ in wanted} == {id(model.first.weight), id(model.head.weight)}
 
 
+def test_weights_that_do_not_learn_ask_for_no_gradient():
+    model = quantized("lsq")
+    model.first.weight.requires_grad_(False)
+    model.first.weight_quantizer.requires_grad_(False)
+    with weights_together(model):
+        assert "_ready" not in vars(model.first) and "_ready" in vars(model.shared)
+
+
 def test_nothing_stays_behind():
     model = quantized("lsq")
     with pytest.raises(ZeroDivisionError), weights_together(model):

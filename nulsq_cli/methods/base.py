@@ -230,7 +230,7 @@ class Quantizer(nn.Module):
         found = self.codebook(x)
         return found.levels, found.thresholds, None
 
-    def operation(self, x: Tensor) -> tuple[Tensor, fast.Kind] | None:
+    def operation(self, x: Tensor) -> tuple[Tensor, native.Kind] | None:
         """The table and its kind, if `quantize(x)` is nothing but one operation of `ops` on them, which may be done elsewhere."""
         return None
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from nulsq_cli import initializers
 from nulsq_cli.methods.base import Quantizer, gradient_factor, keep_positive
 from nulsq_cli.ops.estimators import scale_gradient
-from nulsq_cli.ops.fast import Kind
 from nulsq_cli.ops.grid import quantize_to_grid
+from nulsq_cli.ops.native import Kind
 from nulsq_cli.values import QuantSpec, TensorStats
 
 

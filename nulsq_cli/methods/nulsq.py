@@ -10,7 +10,7 @@ from nulsq_cli.errors import pick
 from nulsq_cli.methods.base import Quantizer, Tables, gradient_factor, keep_positive
 from nulsq_cli.ops.codebook import levels_around_zero, quantize_by_gaps, quantize_to_levels
 from nulsq_cli.ops.estimators import scale_gradient
-from nulsq_cli.ops.fast import Kind
+from nulsq_cli.ops.native import Kind
 from nulsq_cli.values import QuantSpec, TensorStats
 
 

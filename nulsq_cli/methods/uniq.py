@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.methods.lsq import LSQ
-from nulsq_cli.ops.fast import Kind
 from nulsq_cli.ops.grid import quantize_to_grid
+from nulsq_cli.ops.native import Kind
 from nulsq_cli.values import TensorStats
 
 

@@ -52,11 +52,7 @@ def readable(x: Tensor) -> bool:
     return ours and native.library() is not None
 
 
-Kind = int | tuple[int, int] | None
-"""What a table holds: levels (None), the gaps between them (how many lie below zero), or the step of a grid (its end codes)."""
-
-
-def loops(x: Tensor, table: Tensor, kind: Kind = None, *, trained: bool = False) -> ModuleType | None:
+def loops(x: Tensor, table: Tensor, kind: native.Kind = None, *, trained: bool = False) -> ModuleType | None:
     """The module whose functions take x; None for the eager ones.
 
     Args:

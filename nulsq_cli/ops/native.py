@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+Kind = int | tuple[int, int] | None
+"""What a table holds: levels (None), the gaps between them (how many lie below zero), or the step of a grid (its end codes)."""
+
 LARGEST_TABLE, LARGEST_TRAINED_TABLE = 256, 16
 WORTH_THREADS = 1 << 15
 """Entries from which on more than one thread pays. The result does not depend on it."""
@@ -159,12 +162,12 @@ def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: i
     return to_x, to_step
 
 
-def quantize(x: Tensor, table: Tensor, kind: int | tuple[int, int] | None, *, relu: Tensor | None = None) -> Tensor:
-    """`lookup` or `grid`, by what kind of table it is (`fast.Kind`)."""
+def quantize(x: Tensor, table: Tensor, kind: Kind, *, relu: Tensor | None = None) -> Tensor:
+    """`lookup` or `grid`, by what kind of table it is (`Kind`)."""
     return grid(x, table, *kind, relu=relu) if isinstance(kind, tuple) else lookup(x, table, None, kind, relu=relu)
 
 
-def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: int | tuple[int, int] | None,
+def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: Kind,
                       **more: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`levels_backward` or `grid_backward`, likewise."""
     if isinstance(kind, tuple):

@@ -18,7 +18,7 @@ Both = tuple[Tensor, Tensor]
 
 class _Both(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, kind: fast.Kind, inplace: bool) -> Both:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, kind: native.Kind, inplace: bool) -> Both:
         y = x if inplace else torch.empty_like(x)
         quantized = native.quantize(x, table, kind, relu=y)
         if inplace:
@@ -41,14 +41,14 @@ class _Both(torch.autograd.Function):
         return *native.quantize_backward(grad, y, table, kind, spent=spent, behind_relu=True, others=others), None, None
 
 
-def backward_eager(grad: Tensor, x: Tensor, table: Tensor, kind: fast.Kind) -> tuple[Tensor, Tensor]:
+def backward_eager(grad: Tensor, x: Tensor, table: Tensor, kind: native.Kind) -> tuple[Tensor, Tensor]:
     """The gradients to x and to the table, step by step."""
     if isinstance(kind, tuple):
         return grid.backward_eager(grad, x, table, *kind)
     return codebook.backward_by(grad, x, table, kind)
 
 
-def relu_and_quantize(x: Tensor, table: Tensor, kind: fast.Kind = None, *, inplace: bool = False) -> Both | None:
+def relu_and_quantize(x: Tensor, table: Tensor, kind: native.Kind = None, *, inplace: bool = False) -> Both | None:
     """`relu(x)`, and that through `quantize_to_levels`, `quantize_by_gaps` or `quantize_to_grid`, with the gradients of both.
 
     Args:
@@ -57,9 +57,10 @@ def relu_and_quantize(x: Tensor, table: Tensor, kind: fast.Kind = None, *, inpla
         inplace: x becomes the ReLU's result.
 
     Returns:
-        Both; None, and nothing is done, where no loop takes x.
+        Both; None, and nothing is done, where no loop takes x, or the table learns and x does not: what else reads the
+        ReLU's result would be asked for a gradient that nobody needs.
     """
-    if not _taken(x, table, kind, inplace, trained=True):
+    if (table.requires_grad and not x.requires_grad) or not _taken(x, table, kind, inplace, trained=True):
         return None
     y, quantized = _Both.apply(x, table, kind, inplace)
     return y, made_by(quantized, native.quantize, y, table, kind)
@@ -84,6 +85,6 @@ def relu_and_lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negativ
     return y, quantized
 
 
-def _taken(x: Tensor, table: Tensor, kind: fast.Kind, inplace: bool, *, trained: bool = False) -> bool:
+def _taken(x: Tensor, table: Tensor, kind: native.Kind, inplace: bool, *, trained: bool = False) -> bool:
     # Autograd knows no change in place of a view by an operation with two results.
     return fast.loops(x, table, kind, trained=trained) is native and native.is_dense(x) and not (inplace and x._is_view())

@@ -18,7 +18,7 @@ from nulsq_cli.ops.remake import made_by, read_by_one_layer
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, kinds: Sequence[fast.Kind], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: torch.autograd.function.FunctionCtx, kinds: Sequence[native.Kind], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.kinds = kinds  # type: ignore[attr-defined]
         ctx.set_materialize_grads(False)
@@ -38,12 +38,12 @@ class _Together(torch.autograd.Function):
         return None, *found
 
 
-def fits(x: Tensor, table: Tensor, kind: fast.Kind) -> bool:
+def fits(x: Tensor, table: Tensor, kind: native.Kind) -> bool:
     """Whether `quantize_together` takes it."""
     return fast.loops(x, table, kind, trained=True) is native
 
 
-def quantize_together(wanted: Sequence[tuple[Tensor, Tensor, fast.Kind]]) -> list[Tensor]:
+def quantize_together(wanted: Sequence[tuple[Tensor, Tensor, native.Kind]]) -> list[Tensor]:
     """What `quantize_to_levels`, `quantize_by_gaps` or `quantize_to_grid` make of each, with their gradients.
 
     Args:
