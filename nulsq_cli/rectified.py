@@ -14,7 +14,8 @@ from nulsq_cli.layers import QuantLayer, evaluating, prepare, quant_layers
 class QuantReLU(nn.ReLU):
     """A ReLU that knows a layer which reads its result. What comes out is the same, and so are all gradients.
 
-    Made from a ReLU by `pair`. The layer is no child of it: it has its own place in the model.
+    Of those that reach the result the layer's is added last; where there are more than two, that may be another order
+    than a plain ReLU's. Made from a ReLU by `pair`. The layer is no child of it: it has its own place in the model.
     """
 
     reader: QuantLayer
