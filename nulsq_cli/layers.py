@@ -31,6 +31,9 @@ class QuantLayer(nn.Module):
     input_quantizer: Quantizer | None
     weight_freezer: nn.Module | None
 
+    _still: Tensor | None = None
+    """The quantized weight while nothing changes (`standing_still`)."""
+
     def _adopt(self, layer: nn.Module, weights: Quantizer | None, inputs: Quantizer | None) -> None:
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input_quantizer = weights, inputs
@@ -44,13 +47,18 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer on its quantized input and weight."""
         x, weight = self.quantized_input(x), self.quantized_weight()
+        if not torch.is_grad_enabled():
+            return self.compute(x, weight)
         with instead_of_keeping(x, weight):
             return self.compute(x, weight)
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
-        if (ready := self.__dict__.pop("_ready", None)) is not None:
-            return ready
+        if not torch.compiler.is_compiling():
+            if self._still is not None:
+                return self._still
+            if (ready := self.__dict__.pop("_ready", None)) is not None:
+                return ready
         quantizer = self.weight_quantizer
         if quantizer is None:
             return self.weight
@@ -150,7 +158,9 @@ def weights_together(model: nn.Module) -> Iterator[None]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and getattr(model, "_compiled_call_impl", None) is None:
         for layer in quant_layers(model).values():
             quantizer = layer.weight_quantizer
-            if quantizer is None or layer.weight_freezer is not None or not quantizer.training or quantizer.hooked:
+            if quantizer is None or layer.weight_freezer is not None or not quantizer.training:
+                continue
+            if quantizer._forward_hooks or quantizer._forward_pre_hooks:
                 continue
             operation = quantizer.operation(layer.weight)
             learned = operation is not None and (layer.weight.requires_grad or operation[0].requires_grad)
@@ -183,24 +193,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def standing_still(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of the model changes: quantizers in evaluation mode have their tables and weights ready.
+    """Inside, no parameter of the model changes: in evaluation mode its tables and quantized weights are ready.
 
     They are computed at the start, one after the other: between two layers each would cost several times as much.
     """
-    found = quantizers(model).values()
+    layers = quant_layers(model).values()
     try:
-        for quantizer in found:
-            quantizer._kept = {}
         with torch.no_grad():
-            for layer in quant_layers(model).values():
-                if (weights := layer.weight_quantizer) is not None and not weights.training:
-                    weights(layer.weight)
-                if (inputs := layer.input_quantizer) is not None and not inputs.training:
-                    inputs.tables_now(layer.weight.new_zeros(1))
+            for layer in layers:
+                weights, inputs = layer.weight_quantizer, layer.input_quantizer
+                if weights is not None and not weights.training:
+                    layer.__dict__["_still"] = layer.quantized_weight()
+                if inputs is not None and not inputs.training:
+                    inputs.kept = inputs.tables(layer.weight.new_zeros(1))
         yield
     finally:
-        for quantizer in found:
-            quantizer._kept = None
+        for layer in layers:
+            layer.__dict__.pop("_still", None)
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.kept = None
 
 
 @contextmanager

@@ -49,8 +49,8 @@ class Quantizer(nn.Module):
 
     grid_top: Tensor
 
-    _kept: dict[str, Any] | None = None
-    """While nothing changes (`layers.standing_still`): the tables, and of a weight what comes out."""
+    kept: Tables | None = None
+    """Of an input's quantizer, its tables, while nothing changes (`layers.standing_still`)."""
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -194,8 +194,6 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x: in float32 also under autocast, returned in x's own dtype."""
-        if self._kept is not None and "weight" in self._kept and not torch.compiler.is_compiling():
-            return self._kept["weight"].to(x.dtype)
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):  # entering a context costs as much as a small weight's quantizing
             return self._quantized(x)
@@ -206,22 +204,13 @@ class Quantizer(nn.Module):
         return (self.quantize if self.training else self._by_tables)(x.float()).to(x.dtype)
 
     def _by_tables(self, x: Tensor) -> Tensor:
-        table, thresholds, negative = self.tables_now(x)
+        table, thresholds, negative = self._tables_now(x)
         if thresholds is None:
-            quantized = codebook.nearest(x, table, negative)
-        else:
-            quantized = codebook.lookup(x, table, thresholds)
-        if self._kept is not None and self.spec.role == "weight" and not torch.compiler.is_compiling():
-            self._kept["weight"] = quantized
-        return quantized
+            return codebook.nearest(x, table, negative)
+        return codebook.lookup(x, table, thresholds)
 
-    def tables_now(self, x: Tensor) -> Tables:
-        """`tables(x)`, computed once while nothing changes."""
-        if torch.compiler.is_compiling() or self._kept is None:
-            return self.tables(x)
-        if "tables" not in self._kept:
-            self._kept["tables"] = self.tables(x)
-        return self._kept["tables"]
+    def _tables_now(self, x: Tensor) -> Tables:
+        return self.tables(x) if self.kept is None or torch.compiler.is_compiling() else self.kept
 
     def tables(self, x: Tensor) -> Tables:
         """The numbers of `codebook(x)`, in the form that is looked up soonest."""
@@ -245,19 +234,14 @@ class Quantizer(nn.Module):
         Returns:
             Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
         """
-        if self.hooked:
+        if self._forward_hooks or self._forward_pre_hooks:
             return None
         if self.training:
             operation = self.operation(x)
             return None if operation is None else relu_and_quantize(x, *operation, inplace=inplace)
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        return relu_and_lookup(x, *self.tables_now(x), inplace=inplace, alone=alone and self._kept is not None)
-
-    @property
-    def hooked(self) -> bool:
-        """Whether somebody wants to know when this module is called."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+        return relu_and_lookup(x, *self._tables_now(x), inplace=inplace, alone=alone and self.kept is not None)
 
     def extra_repr(self) -> str:
         """What shows up when the module is printed."""

@@ -108,10 +108,10 @@ def lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | 
     """
     x, table = _dense(x), table.contiguous()
     y = torch.empty_like(x) if into is None else into
-    rows, count, below = _layout(table, negative)
     cuts = None if thresholds is None else thresholds.contiguous()
-    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, table.data_ptr(), _place(cuts),
-                           count, below, _threads(x))  # fmt: skip
+    rows, count, below = _layout(table, negative)
+    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows,
+                           table.data_ptr(), _place(cuts), count, below, _threads(x))  # fmt: skip
     return y
 
 
@@ -228,7 +228,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if is_dense(x) else x.contiguous()
+    return x if x.is_contiguous() or is_dense(x) else x.contiguous()
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:

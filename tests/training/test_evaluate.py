@@ -38,7 +38,7 @@ def test_an_evaluation_computes_what_single_batches_do_and_remembers_nothing(met
         assert model.training and score.samples == 24
         assert score.loss == pytest.approx(loss_by_hand(model), rel=1e-6)
         model.train()
-    assert all(q._kept is None for q in quantizers(model).values())
+    assert all(q.kept is None for q in quantizers(model).values())
 
 
 def test_tables_are_computed_once_however_many_batches_there_are(monkeypatch):
@@ -53,4 +53,4 @@ def test_an_evaluation_that_fails_leaves_nothing_behind():
     model = quantized("lsq")
     with pytest.raises(RuntimeError):
         evaluate(model, [*BATCHES, (IMAGES[:, :2], torch.zeros(24))], ALONE)
-    assert all(q._kept is None for q in quantizers(model).values())
+    assert all(q.kept is None for q in quantizers(model).values())
