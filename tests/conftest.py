@@ -25,6 +25,15 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def loops() -> None:
+    """The C++ loops, which need a compiler."""
+    from nulsq_cli.ops import native
+
+    if native.library() is None:
+        pytest.skip("no C++ compiler on this machine")
+
+
 # Two inference runtimes and torch keep threads of their own; together they have ended a test worker minutes later. What
 # uses them runs in processes of its own, which tests/test_apart.py starts.
 APART = ("exporters", "jobs")

@@ -12,16 +12,13 @@ from nulsq_cli.convert import Policy, convert, make_plan
 from nulsq_cli.layers import evaluating, quant_layers, standing_still
 from nulsq_cli.methods import base
 from nulsq_cli.methods.lsq import LSQ
+from nulsq_cli.methods.nulsq import NuLSQ
 from nulsq_cli.models import create_float_model
-from nulsq_cli.ops import fast, native, relu
+from nulsq_cli.ops import fast, relu
 from nulsq_cli.rectified import QuantReLU, pair
 from nulsq_cli.values import Bits, QuantSpec
 
-
-@pytest.fixture(autouse=True)
-def _needs_a_compiler():
-    if native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 class Net(nn.Module):
@@ -220,6 +217,17 @@ def test_a_method_with_another_formula_has_not_its_bases_fast_way():
     assert LSQ(QuantSpec(2, False)).behind_relu(x, inplace=False) is not None
 
 
+def test_a_method_may_build_on_another_ones_formula():
+    class Doubled(NuLSQ):
+        """nuLSQ on twice the input."""
+
+        def quantize(self, x: torch.Tensor) -> torch.Tensor:
+            return super().quantize(2 * x)
+
+    x, spec = torch.rand(9), QuantSpec(2, False)
+    assert torch.equal(Doubled(spec)(x), NuLSQ(spec)(2 * x))
+
+
 def test_what_was_not_trained_asks_for_no_gradient():
     quantizer = LSQ(QuantSpec(2, False))
     assert quantizer.behind_relu(torch.rand(9), inplace=False) is None  # else its shortcut would
@@ -279,3 +287,20 @@ def test_a_real_network():
     found = [m for m in model.modules() if isinstance(m, nn.ReLU)]
     assert sum(type(m) is QuantReLU for m in found) == 18 and len(found) == 19  # all but the one before the pool
     assert sum(m.alone for m in found if type(m) is QuantReLU) == 9  # one in each block
+
+
+@pytest.mark.parametrize(("name", "paired", "alone"), [("resnet18", 15, 8), ("regnetx_002", 39, 26), ("mnasnet_050", 34, 34)])
+def test_timm_networks_have_the_bits_of_one_after_the_other(name, paired, alone):
+    torch.manual_seed(0)
+    plain = create_float_model(name)
+    convert(plain, make_plan(plain, Policy(Bits(3, 3), "nulsq-wa"), (3, 64, 64)))
+    for layer in quant_layers(plain).values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            for p in quantizer.parameters():
+                p.data.mul_(0.1)
+    fused, images = copy.deepcopy(plain), torch.randn(2, 3, 64, 64)
+    pair(fused, images)
+    relus = [m for m in fused.modules() if type(m) is QuantReLU]
+    assert (len(relus), sum(m.alone for m in relus)) == (paired, alone)
+    for one, other in zip(everything(fused.train(), images), everything(plain.train(), images), strict=True):
+        assert torch.equal(one, other)

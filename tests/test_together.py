@@ -11,14 +11,10 @@ from torch import nn
 
 from nulsq_cli.convert import Policy, convert, make_plan
 from nulsq_cli.layers import quant_layers, weights_together
-from nulsq_cli.ops import codebook, grid, native, remake, together
+from nulsq_cli.ops import codebook, grid, remake, together
 from nulsq_cli.values import Bits
 
-
-@pytest.fixture(autouse=True)
-def _needs_a_compiler():
-    if native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 class Net(nn.Module):

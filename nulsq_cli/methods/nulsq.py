@@ -65,8 +65,9 @@ class NuLSQ(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """To the nearest level; autograd carries the levels' gradient through the sums to the gaps."""
-        table, below = self.operation(x)
-        return quantize_to_levels(x, table) if below is None else quantize_by_gaps(x, table, below)
+        if self._below is None:
+            return quantize_to_levels(x, self.trained_levels(x))
+        return quantize_by_gaps(x, self.gaps, self._below)
 
     def after_step(self) -> None:
         """A gap may become small, not close or invert."""

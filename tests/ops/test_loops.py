@@ -16,10 +16,7 @@ PATHS = [pytest.param(native, id="native"), pytest.param(traced, id="traced")]
 LAYOUTS = ["contiguous", "channels_last", "gaps"]
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_compiler():
-    if native.library() is None:
-        pytest.skip("no C++ compiler on this machine")
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 @pytest.fixture
