@@ -48,7 +48,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
     plan = make_plan(model, wanted, kept[0].shape[1:])
     model.nulsq_plan, _ = calibrate.quantize(model, plan, wanted, passes, (init, init),
                                              passes if reestimate_batchnorm else None)  # fmt: skip
-    pair(model, kept[0].to(next(model.parameters()).device))
+    pair(model, kept[0][:2].to(next(model.parameters()).device))
     return model
 
 

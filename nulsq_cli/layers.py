@@ -158,9 +158,7 @@ def weights_together(model: nn.Module) -> Iterator[None]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and getattr(model, "_compiled_call_impl", None) is None:
         for layer in quant_layers(model).values():
             quantizer = layer.weight_quantizer
-            if quantizer is None or layer.weight_freezer is not None or not quantizer.training:
-                continue
-            if quantizer._forward_hooks or quantizer._forward_pre_hooks:
+            if quantizer is None or layer.weight_freezer is not None or not quantizer.training or quantizer.hooked:
                 continue
             operation = quantizer.operation(layer.weight)
             learned = operation is not None and (layer.weight.requires_grad or operation[0].requires_grad)

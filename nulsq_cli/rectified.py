@@ -75,8 +75,11 @@ def pair(model: nn.Module, images: Tensor) -> None:
     if getattr(model, "_nulsq_paired", False) or not images.is_cpu or getattr(model, "_compiled_call_impl", None) is not None:
         return  # done, or there are no such loops
     layers = quant_layers(model).values()
+    if not layers:  # it may be quantized later
+        return
+    model._nulsq_paired = True
     relus = [m for m in model.modules() if type(m) is nn.ReLU]
-    if not layers or not relus:
+    if not relus:
         return
     runs: Counter[nn.ReLU] = Counter()
     made: dict[int, tuple[nn.ReLU, Tensor, int]] = {}  # by identity of the tensor, which is kept so that no other gets it
@@ -105,4 +108,3 @@ def pair(model: nn.Module, images: Tensor) -> None:
         relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it
         object.__setattr__(relu, "reader", reader)
         relu.alone = relu in alone
-    model._nulsq_paired = True

@@ -234,7 +234,7 @@ class Quantizer(nn.Module):
         Returns:
             Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
         """
-        if self._forward_hooks or self._forward_pre_hooks:
+        if self.hooked:
             return None
         if self.training:
             operation = self.operation(x)
@@ -242,6 +242,11 @@ class Quantizer(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             return None
         return relu_and_lookup(x, *self._tables_now(x), inplace=inplace, alone=alone and self.kept is not None)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody wants to know when this module is called."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def extra_repr(self) -> str:
         """What shows up when the module is printed."""
@@ -259,7 +264,7 @@ def keep_positive(steps: Tensor) -> None:
     if steps.shape[-1] == 1:
         steps.clamp_min_(SMALLEST_STEP)
         return
-    if fast.loops(steps, steps) is native and steps.is_contiguous():
+    if fast.readable(steps) and steps.is_contiguous():
         native.keep_positive(steps, SMALLEST_SHARE, SMALLEST_STEP)
         return
     floor = steps.clamp_min(0).mean(-1, keepdim=True).mul_(SMALLEST_SHARE).clamp_min_(SMALLEST_STEP)

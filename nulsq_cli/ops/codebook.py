@@ -55,7 +55,7 @@ class _Around(torch.autograd.Function):
 
 
 def _around(gaps: Tensor, negative: int) -> Tensor:
-    if not torch.compiler.is_compiling() and fast.loops(gaps, gaps) is native:
+    if not torch.compiler.is_compiling() and fast.readable(gaps):
         return native.around(gaps, negative)
     above = pad(gaps[:, negative:].cumsum(1), (1, 0))
     if not negative:
@@ -65,7 +65,7 @@ def _around(gaps: Tensor, negative: int) -> Tensor:
 
 def _around_backward(grad: Tensor, negative: int) -> Tensor:
     recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()  # as in _StraightThrough
-    if not recorded and fast.loops(grad, grad) is native:
+    if not recorded and fast.readable(grad):
         return native.around_backward(grad, negative)
     above = grad[:, negative + 1 :].flip(1).cumsum(1).flip(1)  # a gap moves all levels beyond it
     return torch.cat((-grad[:, :negative].cumsum(1), above), 1) if negative else above

@@ -46,10 +46,13 @@ def _keep_freed_memory() -> None:
         settings(trim_threshold, 2**31 - 1)
 
 
+def _plain(x: Tensor) -> bool:
+    return _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.numel() > 0
+
+
 def readable(x: Tensor) -> bool:
     """Whether the loops of the CPU read x: float32, not empty, nothing that only stands for a tensor."""
-    ours = _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and x.numel() > 0
-    return ours and native.library() is not None
+    return _plain(x) and x.is_cpu and native.library() is not None
 
 
 def loops(x: Tensor, table: Tensor, kind: native.Kind = None, *, trained: bool = False) -> ModuleType | None:
@@ -61,7 +64,7 @@ def loops(x: Tensor, table: Tensor, kind: native.Kind = None, *, trained: bool =
         kind: which of them.
         trained: whether a gradient to the table is asked for.
     """
-    if not (_wanted and type(x) in _PLAIN and x.dtype is table.dtype is torch.float32 and x.numel() and x.device == table.device):
+    if not (_plain(x) and table.dtype is torch.float32 and x.device == table.device):
         return None
     grid = isinstance(kind, tuple)
     levels = 0 if grid else table.shape[-1] + (kind is not None)
