@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nulsq_cli.initializers import RunningSums
 from nulsq_cli.ops import codebook, fast, integer, native
 from nulsq_cli.ops.estimators import straight_through
+from nulsq_cli.ops.norm import norm_and_lookup, norm_and_quantize
 from nulsq_cli.ops.relu import Both, relu_and_lookup, relu_and_quantize
 from nulsq_cli.values import Codebook, QuantSpec, TensorStats
 
@@ -223,13 +224,16 @@ class Quantizer(nn.Module):
         """The table and its kind, if `quantize(x)` is nothing but one operation of `ops` on them, which may be done elsewhere."""
         return None
 
-    def behind_relu(self, x: Tensor, inplace: bool, alone: bool = False) -> Both | None:
+    def behind_relu(self, x: Tensor, inplace: bool, alone: bool = False, norm: native.Norm | None = None,
+                    shortcut: Tensor | None = None) -> Both | None:  # fmt: skip
         """What a ReLU makes of x, and what this quantizer makes of that, in one pass.
 
         Args:
-            x: what goes into the ReLU.
-            inplace: x becomes the ReLU's result.
-            alone: nobody else reads that result: while the model stands still, it may be the quantized one.
+            x: what goes into the ReLU or, with `norm`, into the BatchNorm before it.
+            inplace: x becomes the ReLU's result; with `norm` it may, outside of training.
+            alone: nobody else reads that result: it may be the quantized one, without `norm` while the model stands still.
+            norm: a BatchNorm that comes first.
+            shortcut: what is added to what that hands on.
 
         Returns:
             Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
@@ -238,10 +242,17 @@ class Quantizer(nn.Module):
             return None
         if self.training:
             operation = self.operation(x)
-            return None if operation is None else relu_and_quantize(x, *operation, inplace=inplace)
+            if operation is None:
+                return None
+            if norm is None:
+                return relu_and_quantize(x, *operation, inplace=inplace)
+            return norm_and_quantize(x, *operation, norm, shortcut, alone=alone)
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        return relu_and_lookup(x, *self._tables_now(x), inplace=inplace, alone=alone and self.kept is not None)
+        tables = self._tables_now(x)
+        if norm is None:
+            return relu_and_lookup(x, *tables, inplace=inplace, alone=alone and self.kept is not None)
+        return norm_and_lookup(x, *tables, norm, shortcut, inplace=inplace, alone=alone)
 
     @property
     def hooked(self) -> bool:

@@ -154,7 +154,10 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     """Quantize without a gradient: `decode(encode(x))`, and NaN stays NaN."""
     if torch.compiler.is_compiling():
         return traced.lookup(x, levels, thresholds)
-    if (loops := fast.loops(x, levels)) is not None:
+    loops = fast.loops(x, levels)
+    if loops is native:
+        return native.quantize(x, levels, None, thresholds)
+    if loops is not None:
         return loops.lookup(x, levels, thresholds)
     return torch.where(x.isnan(), x, decode(encode(x, thresholds), levels))
 
@@ -162,7 +165,7 @@ def lookup(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
 def nearest(x: Tensor, table: Tensor, negative: int | None = None) -> Tensor:
     """The forward of `quantize_to_levels` or, with gaps, of `quantize_by_gaps`; without a gradient."""
     if not torch.compiler.is_compiling() and fast.loops(x, table, negative) is native:
-        return native.lookup(x, table, None, negative)
+        return native.quantize(x, table, negative)
     levels = levels_of(table, negative)
     return lookup(x, levels, midpoints(levels))
 
@@ -181,7 +184,7 @@ class _StraightThrough(torch.autograd.Function):
         recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
         loops = None if recorded else fast.loops(x, table, negative, trained=True)
         if loops is native:
-            return *native.levels_backward(grad, x, table, negative, spent=read_by_one_layer(ctx)), None
+            return *native.quantize_backward(grad, x, table, negative, spent=read_by_one_layer(ctx)), None
         return *backward_by(grad, x, table, negative, loops), None
 
 

@@ -13,7 +13,10 @@ def nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     """The forward of `quantize_to_grid`, without a gradient."""
     if torch.compiler.is_compiling():
         return traced.grid(x, step, lowest, highest)
-    if (loops := fast.loops(x, step, (lowest, highest))) is not None:
+    loops = fast.loops(x, step, (lowest, highest))
+    if loops is native:
+        return native.quantize(x, step, (lowest, highest))
+    if loops is not None:
         return loops.grid(x, step, lowest, highest)
     return (x / step).clamp_(lowest, highest).round_() * step
 
@@ -32,7 +35,7 @@ class _StraightThrough(torch.autograd.Function):
             return *traced.grid_backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
         loops = None if torch.is_grad_enabled() else fast.loops(x, step, ctx.ends)  # as in codebook.py
         if loops is native:
-            return *native.grid_backward(grad, x, step, *ctx.ends, spent=read_by_one_layer(ctx)), None, None  # type: ignore[attr-defined]
+            return *native.quantize_backward(grad, x, step, ctx.ends, spent=read_by_one_layer(ctx)), None, None  # type: ignore[attr-defined]
         backward = backward_eager if loops is None else loops.grid_backward
         return *backward(grad, x, step, *ctx.ends), None, None  # type: ignore[attr-defined]
 

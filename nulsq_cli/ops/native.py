@@ -1,4 +1,4 @@
-"""The quantizer ops on a CPU as compiled loops: `loops.cpp`, built once on the user's machine and kept in the user's cache."""
+"""The quantizer ops on a CPU as compiled loops: C++, built once on the user's machine and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from nulsq_cli.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("loops.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("loops.cpp", "norm.cpp", "tables.h")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
 Kind = int | tuple[int, int] | None
 """What a table holds: levels (None), the gaps between them (how many lie below zero), or the step of a grid (its end codes)."""
@@ -43,25 +43,48 @@ def library() -> ctypes.CDLL | None:
     except (OSError, InputError, subprocess.SubprocessError, RuntimeError) as reason:
         log.warning("quantizers run uncompiled, which is slower: %s", first_line(reason))
         return None
-    data, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    end = ctypes.c_float
-    loaded.nulsq_lookup.argtypes = [data, data, data, size, size, data, data, number, number, number]
-    loaded.nulsq_levels_backward.argtypes = [data, data, data, size, size, data, data, number, number, number, data, number]
-    loaded.nulsq_grid.argtypes = [data, data, data, size, size, data, end, end, number]
-    loaded.nulsq_grid_backward.argtypes = [data, data, data, size, size, data, data, end, end, number, data, number]
-    loaded.nulsq_around.argtypes = loaded.nulsq_around_backward.argtypes = [data, data, number, number, number]
-    loaded.nulsq_keep_positive.argtypes = [data, number, number, end, end]
-    loaded.nulsq_moments.argtypes = [data, size, data, number]
-    loaded.nulsq_histogram.argtypes = [data, size, ctypes.c_double, data, number, number]
-    for name in ("lookup", "levels_backward", "grid", "grid_backward", "around", "around_backward", "keep_positive", "moments",
-                 "histogram"):  # fmt: skip
-        getattr(loaded, f"nulsq_{name}").restype = None
+    data, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    takes = {
+        "quantize": [data, data, data, size, size, _Rule, number],
+        "quantize_backward": [data, data, data, size, size, _Rule, data, number, data, number],
+        "norm": [data, data, data, data, _Shape, _Norm, number, _Rule, number],
+        "norm_backward": [data, data, data, data, data, data, _Shape, _Norm, number, _Rule, data, data, data, number],
+        "around": [data, data, number, number, number],
+        "around_backward": [data, data, number, number, number],
+        "keep_positive": [data, number, number, real, real],
+        "moments": [data, size, data, number],
+        "histogram": [data, size, ctypes.c_double, data, number, number],
+    }
+    for name, arguments in takes.items():
+        function = getattr(loaded, f"nulsq_{name}")
+        function.argtypes, function.restype = arguments, None
     return loaded
+
+
+class _Rule(ctypes.Structure):
+    """How a tensor is quantized, as in tables.h."""
+
+    _fields_ = [("table", ctypes.c_void_p), ("cuts", ctypes.c_void_p), ("count", ctypes.c_int), ("negative", ctypes.c_int),
+                ("lowest", ctypes.c_float), ("highest", ctypes.c_float)]  # fmt: skip
+
+
+class _Shape(ctypes.Structure):
+    """(N, C, H, W), as in norm.cpp."""
+
+    _fields_ = [("images", ctypes.c_int64), ("channels", ctypes.c_int64), ("pixels", ctypes.c_int64), ("last", ctypes.c_int)]
+
+
+class _Norm(ctypes.Structure):
+    """A BatchNorm, as in norm.cpp."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var", "facts")),
+                ("share", ctypes.c_double), ("eps", ctypes.c_double)]  # fmt: skip
 
 
 def _cached() -> Path:
     """Where the library of this source and this kind of processor lies, or will lie."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + _processor().encode()).hexdigest()[:16]
+    sources = b"".join(map(Path.read_bytes, SOURCES))
+    key = hashlib.sha256(sources + " ".join(FLAGS).encode() + _processor().encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nulsq"
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,40 +110,40 @@ def _build(target: Path) -> None:
     if compiler is None:
         raise RuntimeError("no C++ compiler (g++, c++ or clang++) was found")
     for threads in (["-fopenmp"], []):  # some compilers come without OpenMP
-        command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(target)]
+        command = [compiler, *FLAGS, *threads, *[str(source) for source in SOURCES if source.suffix == ".cpp"], "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode == 0:
             return
     raise RuntimeError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
 
 
-def lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | None = None, *,
-           relu: Tensor | None = None, into: Tensor | None = None) -> Tensor:  # fmt: skip
-    """`codebook.lookup`; without thresholds, `codebook.nearest`.
+def quantize(x: Tensor, table: Tensor, kind: Kind, thresholds: Tensor | None = None, *, relu: Tensor | None = None,
+             into: Tensor | None = None) -> Tensor:  # fmt: skip
+    """`codebook.lookup`; without thresholds, `codebook.nearest` or `grid.nearest`.
 
     Args:
         x: as there.
-        table: levels, (K,) or (C, K), or gaps, (C, K-1).
-        thresholds: as there; None for the midpoints of the levels.
-        negative: how many gaps lie below zero; None for levels.
+        table: levels, (K,) or (C, K), gaps, (C, K-1), or one step or C of them.
+        kind: which of them.
+        thresholds: of levels, as there; None for their midpoints.
         relu: if given, x goes through a ReLU first, whose result is written here: x itself, or of its shape and memory order.
         into: where the quantized result is written, which may be `relu`; a new tensor if None.
     """
     x, table = _dense(x), table.contiguous()
-    y = torch.empty_like(x) if into is None else into
     cuts = None if thresholds is None else thresholds.contiguous()
-    rows, count, below = _layout(table, negative)
-    library().nulsq_lookup(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows,
-                           table.data_ptr(), _place(cuts), count, below, _threads(x))  # fmt: skip
+    y = torch.empty_like(x) if into is None else into
+    rows, rule = _rule(table, kind, cuts)
+    library().nulsq_quantize(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, rule, _threads(x))
     return y
 
 
-def levels_backward(grad: Tensor, x: Tensor, table: Tensor, negative: int | None = None, *, spent: bool = False,
-                    behind_relu: bool = False, others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`codebook.backward_by`, for tables of at most `LARGEST_TRAINED_TABLE` levels.
+def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: Kind, *, spent: bool = False, behind_relu: bool = False,
+                      others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`codebook.backward_by`, for tables of at most `LARGEST_TRAINED_TABLE` levels, or `grid.backward_eager`.
 
     Args:
-        grad, x, table, negative: as there.
+        grad, x, table: as there.
+        kind: of the table.
         spent: nobody reads grad afterwards, so that its memory may hold the gradient to x.
         behind_relu: x is the result of a ReLU, and the gradient is wanted to what went into that.
         others: the gradient that x gets from elsewhere, added before it goes through the ReLU.
@@ -128,51 +151,99 @@ def levels_backward(grad: Tensor, x: Tensor, table: Tensor, negative: int | None
     x, table = _dense(x), table.contiguous()
     grad, others = _like(grad, x), None if others is None else _like(others, x)
     to_x, to_table = grad if spent else torch.empty_like(x), torch.empty_like(table)
-    rows, count, below = _layout(table, negative)
-    library().nulsq_levels_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, table.data_ptr(),
-                                    to_table.data_ptr(), count, below, behind_relu, _place(others), _threads(x))  # fmt: skip
+    rows, rule = _rule(table, kind)
+    library().nulsq_quantize_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, rule,
+                                      to_table.data_ptr(), behind_relu, _place(others), _threads(x))  # fmt: skip
     return to_x, to_table
 
 
-def _layout(table: Tensor, negative: int | None) -> tuple[int, int, int]:
-    """How many tables there are, of how many levels, and `negative` as C++ wants it."""
+def _rule(table: Tensor, kind: Kind, cuts: Tensor | None = None) -> tuple[int, _Rule]:
+    """How many tables there are, and what C++ wants to know of them, while they live."""
+    if isinstance(kind, tuple):
+        return table.numel(), _Rule(table.data_ptr(), None, 0, -1, *kind)
     rows, size = (1, len(table)) if table.ndim == 1 else table.shape
-    return (rows, size, -1) if negative is None else (rows, size + 1, negative)
+    count, below = (size, -1) if kind is None else (size + 1, kind)
+    return rows, _Rule(table.data_ptr(), _place(cuts), count, below, 0, 0)
 
 
-def grid(x: Tensor, step: Tensor, lowest: int, highest: int, *, relu: Tensor | None = None) -> Tensor:
-    """The forward of `grid.quantize_to_grid`; `relu` as in `lookup`."""
-    x, step = _dense(x), step.contiguous()
-    y = torch.empty_like(x)
-    rows = step.numel()
-    library().nulsq_grid(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, step.data_ptr(), lowest, highest,
-                         _threads(x))  # fmt: skip
+class Norm(NamedTuple):
+    """A BatchNorm as it computes now.
+
+    Attributes:
+        weight, bias, running_mean, running_var: (C,). The latter two are taken, or change, as `batch` says.
+        share: how much of a batch they take.
+        eps: what is added to a variance.
+        batch: whether the batch is brought to mean 0 and variance 1.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    share: float
+    eps: float
+    batch: bool
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the loops do."""
+        if x.ndim != 4 or not all(t.dtype is torch.float32 and t.is_contiguous() for t in self[:4]):
+            return False
+        channels = x.shape[1]
+        several = x.numel() > channels  # else torch complains
+        return several and (x.is_contiguous() or (channels % 16 == 0 and channels <= 4096 and is_dense(x)))
+
+    def to_cpp(self, x: Tensor, facts: Tensor) -> tuple[_Shape, _Norm]:
+        """While all of them live."""
+        images, channels, height, width = x.shape
+        places = [t.data_ptr() for t in (*self[:4], facts)]
+        return _Shape(images, channels, height * width, not x.is_contiguous()), _Norm(*places, self.share, self.eps)
+
+
+def room_for_facts(x: Tensor) -> Tensor:
+    """(4, C) for means, inverse deviations, gains and shifts."""
+    return x.new_empty(4, x.shape[1])
+
+
+def normalize(x: Tensor, norm: Norm, facts: Tensor, table: Tensor, kind: Kind, thresholds: Tensor | None = None, *,
+              shortcut: Tensor | None = None, again: bool = False, relu: Tensor | None = None,
+              into: Tensor | None = None) -> Tensor:  # fmt: skip
+    """BatchNorm, an addition if there is a shortcut, ReLU and `quantize`.
+
+    Args:
+        x: (N, C, H, W), which `norm.takes`.
+        norm: the BatchNorm.
+        facts: `room_for_facts`, which is filled.
+        table, kind, thresholds, into: as for `quantize`.
+        shortcut: what is added, of the shape and in the memory order of x.
+        again: by the facts that are there, and nothing else changes.
+        relu: where to write the ReLU's result; nowhere if None.
+    """
+    source = 0 if again else 2 if norm.batch else 1
+    table, cuts = table.contiguous(), None if thresholds is None else thresholds.contiguous()
+    y = torch.empty_like(x) if into is None else into
+    library().nulsq_norm(x.data_ptr(), _place(shortcut), _place(relu), y.data_ptr(), *norm.to_cpp(x, facts), source,
+                         _rule(table, kind, cuts)[1], _threads(x))  # fmt: skip
     return y
 
 
-def grid_backward(grad: Tensor, x: Tensor, step: Tensor, lowest: int, highest: int, *, spent: bool = False,
-                  behind_relu: bool = False, others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`grid.backward_eager`; `spent`, `behind_relu` and `others` as in `levels_backward`."""
-    x, step = _dense(x), step.contiguous()
-    grad, others = _like(grad, x), None if others is None else _like(others, x)
-    to_x, to_step = grad if spent else torch.empty_like(x), torch.empty_like(step)
-    rows = step.numel()
-    library().nulsq_grid_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, step.data_ptr(),
-                                  to_step.data_ptr(), lowest, highest, behind_relu, _place(others), _threads(x))  # fmt: skip
-    return to_x, to_step
+def normalize_backward(grad: Tensor, x: Tensor, norm: Norm, facts: Tensor, table: Tensor, kind: Kind, *, y: Tensor | None = None,
+                       spent: bool = False, others: Tensor | None = None) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of `normalize` to x, to the shortcut, to BatchNorm's weight and bias, and to the table.
 
-
-def quantize(x: Tensor, table: Tensor, kind: Kind, *, relu: Tensor | None = None) -> Tensor:
-    """`lookup` or `grid`, by what kind of table it is (`Kind`)."""
-    return grid(x, table, *kind, relu=relu) if isinstance(kind, tuple) else lookup(x, table, None, kind, relu=relu)
-
-
-def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: Kind,
-                      **more: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`levels_backward` or `grid_backward`, likewise."""
-    if isinstance(kind, tuple):
-        return grid_backward(grad, x, table, *kind, **more)
-    return levels_backward(grad, x, table, kind, **more)
+    Args:
+        grad: to the quantized result.
+        x, norm, facts, table, kind: as there.
+        y: the ReLU's result, where there is a shortcut; else None, and the shortcut's gradient is None, too.
+        spent, others: as for `quantize_backward`.
+    """
+    table, grad, others = table.contiguous(), _like(grad, x), None if others is None else _like(others, x)
+    to_sum, to_table = grad if spent else torch.empty_like(x), torch.empty_like(table)
+    to_x = to_sum if y is None else torch.empty_like(x)
+    to_weight, to_bias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    library().nulsq_norm_backward(grad.data_ptr(), _place(others), x.data_ptr(), _place(y), to_sum.data_ptr(), to_x.data_ptr(),
+                                  *norm.to_cpp(x, facts), not norm.batch, _rule(table, kind)[1], to_table.data_ptr(),
+                                  to_weight.data_ptr(), to_bias.data_ptr(), _threads(x))  # fmt: skip
+    return to_x, None if y is None else to_sum, to_weight, to_bias, to_table
 
 
 def around(gaps: Tensor, negative: int) -> Tensor:

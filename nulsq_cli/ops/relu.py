@@ -72,14 +72,14 @@ def relu_and_lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negativ
 
     Args:
         x: (...).
-        table, thresholds, negative: as for `native.lookup`.
+        table, thresholds, negative: as for `native.quantize`.
         inplace: x becomes the ReLU's result.
         alone: x becomes the quantized result, and stands for both: memory that need not be fetched saves most of the time.
     """
     if not _taken(x, table, negative, inplace):
         return None
     y = x if inplace else torch.empty_like(x)
-    quantized = native.lookup(x, table, thresholds, negative, relu=y, into=y if alone else None)
+    quantized = native.quantize(x, table, negative, thresholds, relu=y, into=y if alone else None)
     if inplace:
         torch.autograd.graph.increment_version(x)
     return y, quantized

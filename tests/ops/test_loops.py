@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from nulsq_cli.methods.base import keep_positive
 from nulsq_cli.ops import codebook, fast, fused, grid, native, traced
 
-PATHS = [pytest.param(native, id="native"), pytest.param(traced, id="traced")]
+
+class Native:
+    """The C++ loops by the names that the other path has."""
+
+    lookup = staticmethod(lambda x, levels, cuts: native.quantize(x, levels, None, cuts))
+    levels_backward = staticmethod(lambda grad, x, levels, **more: native.quantize_backward(grad, x, levels, None, **more))
+    grid = staticmethod(lambda x, step, *ends: native.quantize(x, step, ends))
+    grid_backward = staticmethod(lambda grad, x, step, *ends, **more: native.quantize_backward(grad, x, step, ends, **more))
+
+
+PATHS = [pytest.param(Native, id="native"), pytest.param(traced, id="traced")]
 LAYOUTS = ["contiguous", "channels_last", "gaps"]
 
 
@@ -69,7 +79,7 @@ def test_large_tables_that_are_nearly_even_are_looked_up_exactly(count, start, s
     beside = [torch.nextafter(cuts, torch.full_like(cuts, sign * torch.inf)) for sign in (-1, 1)]
     x = torch.cat((cuts, *beside, levels, levels * 1.001, torch.tensor([torch.inf, -torch.inf, 0.0, torch.nan, 3e38, -3e38])))
     truth = torch.where(x.isnan(), x, codebook.decode(codebook.encode(x, cuts), levels))
-    assert torch.equal(native.lookup(x, levels, cuts).nan_to_num(7), truth.nan_to_num(7))
+    assert torch.equal(Native.lookup(x, levels, cuts).nan_to_num(7), truth.nan_to_num(7))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -88,7 +98,7 @@ def test_gradients_of_levels_are_the_eager_ones(path, layout, count, eager):
 def test_a_gap_in_which_nothing_lies_has_no_gradient_at_all(count):
     levels = torch.arange(count).float()
     x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).abs().clamp_max(1)  # all in the lowest gap
-    _, to_levels = native.levels_backward(torch.rand(3000), x, levels)
+    _, to_levels = Native.levels_backward(torch.rand(3000), x, levels)
     assert to_levels[0] != 0 and to_levels[1] != 0 and not to_levels[2:].any()
 
 
@@ -122,8 +132,8 @@ def test_a_spent_gradient_becomes_the_one_to_x(layout, eager):
     x, grad = x.nan_to_num(posinf=9, neginf=-9), grad.to(memory_format=torch.channels_last)
     x = laid_out(x, layout)
     step = torch.tensor([0.3])
-    for eager, ours, table in ((codebook.backward_eager, native.levels_backward, (levels,)),
-                               (grid.backward_eager, native.grid_backward, (step, -2, 1))):  # fmt: skip
+    for eager, ours, table in ((codebook.backward_eager, Native.levels_backward, (levels,)),
+                               (grid.backward_eager, Native.grid_backward, (step, -2, 1))):  # fmt: skip
         spent = grad.clone(memory_format=torch.preserve_format)
         to_x, _ = ours(spent, x, *table, spent=True)
         assert torch.equal(to_x, eager(grad, x, *table)[0])
@@ -173,7 +183,7 @@ def test_the_bits_depend_on_no_thread_count():
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append((*native.levels_backward(grad, x, levels), *native.grid_backward(grad, x, torch.tensor([0.2]), 0, 7)))
+        found.append((*Native.levels_backward(grad, x, levels), *Native.grid_backward(grad, x, torch.tensor([0.2]), 0, 7)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
@@ -181,12 +191,12 @@ def test_the_bits_depend_on_no_thread_count():
 def test_the_ops_take_the_loops_and_stop_when_told(monkeypatch):
     x, levels = torch.randn(100), torch.randn(4).sort().values
     calls = []
-    monkeypatch.setattr(native, "lookup", lambda *_: calls.append("lookup") or x)
+    monkeypatch.setattr(native, "quantize", lambda *_: calls.append("quantize") or x)
     codebook.quantize_to_levels(x, levels)
     fast.use(False)
     codebook.quantize_to_levels(x, levels)
     fast.use(True)
-    assert calls == ["lookup"]
+    assert calls == ["quantize"]
 
 
 def test_a_table_of_another_type_is_left_to_the_eager_functions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -108,9 +109,10 @@ def test_training_keeps_no_more_than_the_float_model(method, monkeypatch, plain)
     x = torch.randn(32, 3, 32, 32)
     exact = bytes_kept(create_float_model("resnet20_cifar").train(), x, monkeypatch)
     model = quantized(create_float_model("resnet20_cifar"), 32, method)
+    paired = copy.deepcopy(model)
+    pair(paired, x)
     assert bytes_kept(model, x, monkeypatch) <= 1.05 * exact
-    pair(model, x)
-    assert bytes_kept(model, x, monkeypatch) <= 1.05 * exact
+    assert bytes_kept(paired, x, monkeypatch) <= 0.85 * exact  # BatchNorm's results are not kept
     plain()
     assert bytes_kept(model, x, monkeypatch) > 1.3 * exact  # the measure sees what it should
 
