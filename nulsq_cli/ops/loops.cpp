@@ -18,7 +18,7 @@ template <class Body> static void blocks(int64_t rows, int64_t cols, int threads
 // What a block reads: x itself or, where x has to go through a ReLU first, that of the block, written to `relu` (which may be x).
 static inline const float *block_of(const float *x, float *relu, int64_t first, int64_t n) {
     if (!relu) return x + first;
-    over<1>(x + first, relu + first, n, [](const vec *v, vec *out) { *out = positive(*v); });
+    over<1>(x + first, relu + first, n, false, [](const vec *v, vec *out) { *out = positive(*v); });
     return relu + first;
 }
 
@@ -28,14 +28,20 @@ template <class Body> static void stretches(int64_t n, int threads, Body body) {
     for (int part = 0; part < threads; ++part) body(part, n * part / threads, n * (part + 1) / threads);
 }
 
+// Whether a tensor that is written to memory of its own is better written past the caches: one of more than 16 MB will not stay in them.
+static bool past_caches(const float *to, const float *from, int64_t rows, int64_t cols) {
+    return to != from && rows * cols > 1 << 22 && cols % LANES == 0 && (uintptr_t)to % BYTES == 0;
+}
+
 extern "C" {
 
 void nulsq_quantize(const float *x, float *relu, float *y, int64_t rows, int64_t cols, Rule rule, int threads) {
     const Levels levels(rule, rows);
+    const bool past = !relu && past_caches(y, x, rows, cols);
     with_quantizer(rule, [&](auto *kind) {
         blocks(rows, cols, threads, [&](int64_t row, int64_t first, int64_t n, int64_t) {
             const std::remove_pointer_t<decltype(kind)> quantize(levels, row);
-            quantize(block_of(x, relu, first, n), y + first, n);
+            quantize(block_of(x, relu, first, n), y + first, n, past);
         });
     });
 }
@@ -43,7 +49,7 @@ void nulsq_quantize(const float *x, float *relu, float *y, int64_t rows, int64_t
 void nulsq_quantize_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, Rule rule, float *to_table, int behind_relu,
                              const float *others, int threads) {
     const Levels levels(rule, rows);
-    const Behind behind{behind_relu != 0, others};
+    const Behind behind{behind_relu != 0, others, past_caches(dx, g, rows, cols)};
     const int64_t each = (cols + BLOCK - 1) / BLOCK;
     with_gradient(rule, [&](auto *kind) {
         typedef std::remove_pointer_t<decltype(kind)> Gradient;

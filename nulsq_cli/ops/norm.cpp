@@ -33,16 +33,18 @@ struct Shape {
     int64_t each() const { return images * pixels; }
     vec of(const float *channel, int64_t c) const { return last ? load(channel + c) : all(channel[c]); }
 
-    // Calls body(strip, first, n) for pieces of at most BLOCK numbers: whole pixels, or planes, or parts of one plane.
-    template <class Body> void pieces(int threads, Body body) const {
+    // For every strip, calls what start(strip) returns with (first, n) of pieces of at most BLOCK numbers: whole pixels, or planes, or
+    // parts of one plane.
+    template <class Start> void pieces(int threads, Start start) const {
         const int64_t unit = last ? channels : pixels, units = last ? each() : images * channels;
         const int64_t most = std::max<int64_t>(BLOCK / unit, 1) * unit;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t strip = 0; strip < STRIPS; ++strip) {
+            auto body = start(strip);
             const int64_t end = units * (strip + 1) / STRIPS * unit;
             for (int64_t first = units * strip / STRIPS * unit; first < end; first += most)
                 for (int64_t at = first, stop = std::min(first + most, end); at < stop; at += BLOCK)
-                    body(strip, at, std::min(BLOCK, stop - at));
+                    body(at, std::min(BLOCK, stop - at));
         }
     }
     // Calls body(c, plane, start, stop) for what a piece has of every channel, or of every vector of channels.
@@ -152,14 +154,16 @@ void nulsq_norm(const float *x, const float *shortcut, float *relu, float *y, Sh
     // Of value(vector, mean) of all numbers of a channel; what fills a vector up gives 0.
     const auto sum_up = [&](auto value) {
         Sums sums(shape);
-        shape.pieces(threads, [&](int64_t strip, int64_t first, int64_t n) {
-            const float *in = x + first;
-            shape.parts(first, n, [&](int64_t c, int64_t plane, int64_t start, int64_t stop) ALWAYS {
-                const vec mean = shape.of(facts.mean, c);
-                Sum sum;
-                shape.vectors(start, stop, [&](int64_t at, int64_t m, int k) ALWAYS { sum.add(value(load(in + at, m, mean), mean), k); });
-                sums.add(sum, strip, plane, c);
-            });
+        shape.pieces(threads, [&](int64_t strip) {
+            return [&, strip](int64_t first, int64_t n) {
+                const float *in = x + first;
+                shape.parts(first, n, [&](int64_t c, int64_t plane, int64_t start, int64_t stop) ALWAYS {
+                    const vec mean = shape.of(facts.mean, c);
+                    Sum sum;
+                    shape.vectors(start, stop, [&](int64_t at, int64_t m, int k) ALWAYS { sum.add(value(load(in + at, m, mean), mean), k); });
+                    sums.add(sum, strip, plane, c);
+                });
+            };
         });
         sums.complete();
         return sums.total;
@@ -175,10 +179,12 @@ void nulsq_norm(const float *x, const float *shortcut, float *relu, float *y, Sh
     }
     with_quantizer(rule, [&](auto *kind) {
         const std::remove_pointer_t<decltype(kind)> quantize(levels, 0);
-        shape.pieces(threads, [&](int64_t, int64_t first, int64_t n) {
-            float *place = (relu ? relu : y) + first;
-            normalize(shape, facts, x, shortcut, place, first, n);
-            quantize(place, y + first, n);
+        shape.pieces(threads, [&](int64_t) {
+            return [&](int64_t first, int64_t n) {
+                float *place = (relu ? relu : y) + first;
+                normalize(shape, facts, x, shortcut, place, first, n);
+                quantize(place, y + first, n, false);
+            };
         });
     });
 }
@@ -189,29 +195,30 @@ void nulsq_norm_backward(const float *g, const float *others, const float *x, co
                          int still, Rule rule, float *to_table, float *to_weight, float *to_bias, int threads) {
     const Levels levels(rule, 1);
     const Facts facts(norm.facts, shape.channels);
-    const Behind behind{true, others};
+    const Behind behind{true, others, false};
     Sums sums(shape), products(shape);
     with_gradient(rule, [&](auto *kind) {
         typedef std::remove_pointer_t<decltype(kind)> Gradient;
         std::vector<double> to_rule(STRIPS * Gradient::SUMS);
-        shape.pieces(threads, [&](int64_t strip, int64_t first, int64_t n) {
-            Gradient gradient(levels, 0);
-            float made[BLOCK];
-            if (!y) normalize(shape, facts, x, nullptr, made, first, n);
-            gradient(g + first, y ? y + first : made, to_sum + first, n, behind.from(first));
-            gradient.take(&to_rule[strip * Gradient::SUMS]);
-            const float *in = x + first, *out = to_sum + first;
-            shape.parts(first, n, [&](int64_t c, int64_t plane, int64_t start, int64_t stop) ALWAYS {
-                const vec mean = shape.of(facts.mean, c);
-                vec sum[WAYS] = {}, product[WAYS] = {};  // of few numbers each, so that floats do
-                shape.vectors(start, stop, [&](int64_t at, int64_t m, int k) ALWAYS {
-                    const vec d = load(out + at, m);
-                    sum[k] += d, product[k] += d * (load(in + at, m) - mean);
+        shape.pieces(threads, [&](int64_t strip) {
+            return [&, strip, gradient = Gradient(levels, 0)](int64_t first, int64_t n) mutable {
+                float made[BLOCK];
+                if (!y) normalize(shape, facts, x, nullptr, made, first, n);
+                gradient(g + first, y ? y + first : made, to_sum + first, n, behind.from(first));
+                gradient.take(&to_rule[strip * Gradient::SUMS]);
+                const float *in = x + first, *out = to_sum + first;
+                shape.parts(first, n, [&](int64_t c, int64_t plane, int64_t start, int64_t stop) ALWAYS {
+                    const vec mean = shape.of(facts.mean, c);
+                    vec sum[WAYS] = {}, product[WAYS] = {};  // of few numbers each, so that floats do
+                    shape.vectors(start, stop, [&](int64_t at, int64_t m, int k) ALWAYS {
+                        const vec d = load(out + at, m);
+                        sum[k] += d, product[k] += d * (load(in + at, m) - mean);
+                    });
+                    Sum total, total_products;
+                    total.add(sum), total_products.add(product);
+                    sums.add(total, strip, plane, c), products.add(total_products, strip, plane, c);
                 });
-                Sum total, total_products;
-                total.add(sum), total_products.add(product);
-                sums.add(total, strip, plane, c), products.add(total_products, strip, plane, c);
-            });
+            };
         });
         total_of<Gradient>(to_rule.data(), STRIPS, levels, 0, to_table);
     });
@@ -224,16 +231,18 @@ void nulsq_norm_backward(const float *g, const float *others, const float *x, co
         level[c] = (float)(sums.total[c] / shape.each());
         fall[c] = (float)(products.total[c] / shape.each()) * facts.inverse[c] * facts.inverse[c];
     }
-    shape.pieces(threads, [&](int64_t, int64_t first, int64_t n) {
-        const float *in = x + first, *from = to_sum + first;
-        float *out = dx + first;
-        shape.parts(first, n, [&](int64_t c, int64_t, int64_t start, int64_t stop) ALWAYS {
-            const vec mean = shape.of(facts.mean, c), gain = shape.of(facts.gain, c);
-            const vec slope = shape.of(fall.data(), c), middle = shape.of(level.data(), c);
-            shape.vectors(start, stop, [=](int64_t at, int64_t m, int) ALWAYS {
-                store(out + at, (load(from + at, m) - middle - (load(in + at, m) - mean) * slope) * gain, m);
+    shape.pieces(threads, [&](int64_t) {
+        return [&](int64_t first, int64_t n) {
+            const float *in = x + first, *from = to_sum + first;
+            float *out = dx + first;
+            shape.parts(first, n, [&](int64_t c, int64_t, int64_t start, int64_t stop) ALWAYS {
+                const vec mean = shape.of(facts.mean, c), gain = shape.of(facts.gain, c);
+                const vec slope = shape.of(fall.data(), c), middle = shape.of(level.data(), c);
+                shape.vectors(start, stop, [=](int64_t at, int64_t m, int) ALWAYS {
+                    store(out + at, (load(from + at, m) - middle - (load(in + at, m) - mean) * slope) * gain, m);
+                });
             });
-        });
+        };
     });
 }
 

@@ -29,6 +29,15 @@ static const float INF = std::numeric_limits<float>::infinity();
 
 static inline vec load(const float *p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
+// past the caches, if wanted: where a tensor is larger than they are, that spares reading its memory before it is written
+static INLINE void store(float *p, vec v, bool past) {
+#if defined(__AVX512F__)
+    if (past) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+    if (past) return _mm256_stream_ps(p, (__m256)v);
+#endif
+    store(p, v);
+}
 static inline vec all(float s) { return s - vec{}; }
 static inline vec where(mask m, vec v) { return (vec)((mask)v & m); }
 static inline vec positive(vec v) { return where(~(v <= vec{}), v); }  // a ReLU; what is not a number stays
@@ -48,17 +57,23 @@ static inline wide doubles(vec v, int part) {  // the first half of the lanes, o
 #endif
     return __builtin_convertvector(in, wide);
 }
-static inline double lanes(vec v) { double s = 0; for (int j = 0; j < LANES; ++j) s += v[j]; return s; }
-static inline double lanes(wide v) { double s = 0; for (int j = 0; j < LANES / 2; ++j) s += v[j]; return s; }
+static inline double lanes(wide v) {
+    double each[LANES / 2];
+    std::memcpy(each, &v, sizeof v);
+    for (int64_t step = LANES / 4; step; step /= 2)
+        for (int64_t j = 0; j < step; ++j) each[j] += each[j + step];
+    return each[0];
+}
+static inline double lanes(vec v) { return lanes(doubles(v, 0) + doubles(v, 1)); }
 
 // Runs step(x, y), which takes WIDE vectors, over a stretch; what is left goes through buffers.
-template <int WIDE, class Step> static INLINE void over(const float *x, float *y, int64_t n, Step step) {
+template <int WIDE, class Step> static INLINE void over(const float *x, float *y, int64_t n, bool past, Step step) {
     vec in[WIDE], out[WIDE];
     int64_t i = 0;
     for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
         for (int w = 0; w < WIDE; ++w) in[w] = load(x + i + w * LANES);
         step(in, out);
-        for (int w = 0; w < WIDE; ++w) store(y + i + w * LANES, out[w]);
+        for (int w = 0; w < WIDE; ++w) store(y + i + w * LANES, out[w], past);
     }
     if (i < n) {
         for (int w = 0; w < WIDE; ++w) in[w] = vec{};
@@ -73,7 +88,8 @@ template <int WIDE, class Step> static INLINE void over(const float *x, float *y
 struct Behind {
     bool relu;
     const float *others;
-    Behind from(int64_t first) const { return {relu, others ? others + first : nullptr}; }
+    bool past;  // the caches: as above
+    Behind from(int64_t first) const { return {relu, others ? others + first : nullptr, past}; }
 };
 
 // The same for step(g, x, dx), which takes WIDE vectors of each at a time: its own tables are then read once for all of them.
@@ -91,7 +107,7 @@ static INLINE void over(const float *g, const float *x, float *dx, int64_t n, Be
         if (behind.others)
             for (int w = 0; w < WIDE; ++w) rest[w] = load(behind.others + i + w * LANES);
         finish();
-        for (int w = 0; w < WIDE; ++w) store(dx + i + w * LANES, out[w]);
+        for (int w = 0; w < WIDE; ++w) store(dx + i + w * LANES, out[w], behind.past);
     }
     if (i < n) {
         for (int w = 0; w < WIDE; ++w) gs[w] = all(0.f), xs[w] = all(filler);
@@ -151,28 +167,43 @@ struct Levels {
 template <int K> struct Table {
     vec levels[K], cuts[K - 1];
 #ifdef __AVX512F__
-    vec row = {}, below = {};  // the levels, and the cut below each
+    vec row = {}, above[3] = {};  // the levels; the cut above each, above the next and above the one after that
 #endif
     Table(const float *l, const float *t, int count) {
         for (int k = 0; k < K; ++k) levels[k] = all(k < count ? l[k] : INF);
         for (int k = 0; k + 1 < K; ++k) cuts[k] = all(k + 1 >= count ? INF : t ? t[k] : (l[k] + l[k + 1]) / 2);
 #ifdef __AVX512F__
         for (int k = 0; k < K; ++k) row[k] = levels[k][0];
-        for (int k = 0; k + 1 < K; ++k) below[k + 1] = cuts[k][0];
+        for (int k = 0; k < 3 * K; ++k) above[k / K][k % K] = k / K + k % K < K - 1 ? cuts[k / K + k % K][0] : INF;
 #endif
     }
+#ifdef __AVX512F__
+    // In two steps, three comparisons each, where comparing with every cut takes fifteen, and four steps of one wait for each other.
+    template <int WIDE> INLINE void search(const vec *x, __m512i *code) const {
+        const __m512i one = _mm512_set1_epi32(1), four = _mm512_set1_epi32(4);
+#pragma GCC unroll 4
+        for (int w = 0; w < WIDE; ++w) {
+            code[w] = _mm512_setzero_si512();
+#pragma GCC unroll 3
+            for (int k = 3; k < 12; k += 4)
+                code[w] = _mm512_mask_add_epi32(code[w], _mm512_cmp_ps_mask((__m512)x[w], (__m512)cuts[k], _CMP_GT_OQ), code[w], four);
+        }
+#pragma GCC unroll 4
+        for (int w = 0; w < WIDE; ++w) {
+            const __m512i start = code[w];
+#pragma GCC unroll 3
+            for (int k = 0; k < 3; ++k) {
+                const __m512 cut = _mm512_permutexvar_ps(start, (__m512)above[k]);
+                code[w] = _mm512_mask_add_epi32(code[w], _mm512_cmp_ps_mask((__m512)x[w], cut, _CMP_GT_OQ), code[w], one);
+            }
+        }
+    }
+#endif
     template <int WIDE> INLINE void nearest(const vec *x, vec *y) const {
 #ifdef __AVX512F__
-        if (K == 16) {  // a search of four steps, where comparing with every cut takes fifteen
+        if constexpr (K == 16) {
             __m512i code[WIDE];
-            for (int w = 0; w < WIDE; ++w) code[w] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-            for (int step = 8; step; step /= 2)
-                for (int w = 0; w < WIDE; ++w) {
-                    const __m512i higher = _mm512_or_si512(code[w], _mm512_set1_epi32(step));
-                    const __m512 cut = _mm512_permutexvar_ps(higher, (__m512)below);
-                    code[w] = _mm512_mask_mov_epi32(code[w], _mm512_cmp_ps_mask((__m512)x[w], cut, _CMP_GT_OQ), higher);
-                }
+            search<WIDE>(x, code);
             for (int w = 0; w < WIDE; ++w) y[w] = (vec)_mm512_permutexvar_ps(code[w], (__m512)row);
             return;
         }
@@ -184,14 +215,14 @@ template <int K> struct Table {
     }
 };
 
-// Quantizers of one row: (x, y, n) reads a stretch and writes it.
+// Quantizers of one row: (x, y, n, past) reads a stretch and writes it, past the caches if wanted.
 template <int K> struct SmallTable {
     const Table<K> table_;
     SmallTable(const Levels &l, int64_t row) : table_(l.of(row), l.cuts(row), l.rule.count) {}
-    void operator()(const float *x, float *y, int64_t n) const {
+    void operator()(const float *x, float *y, int64_t n, bool past) const {
         const Table<K> table = table_;  // a member would be read again after every store
         const int WIDE = 4;
-        over<WIDE>(x, y, n, [&](const vec *v, vec *out) ALWAYS {
+        over<WIDE>(x, y, n, past, [&](const vec *v, vec *out) ALWAYS {
             table.template nearest<WIDE>(v, out);
             for (int w = 0; w < WIDE; ++w) out[w] = v[w] == v[w] ? out[w] : v[w];
         });
@@ -230,7 +261,7 @@ struct LargeTable {
     LargeTable(const Levels &l, int64_t row) : guess(filled(l, row, below), l.rule.count) {
         for (int k = 0; k < 256; ++k) levels[k] = l.of(row)[std::min(k, l.rule.count - 1)];
     }
-    void operator()(const float *x, float *y, int64_t n) const {
+    void operator()(const float *x, float *y, int64_t n, bool) const {
         if (guess.close) {
             const Guess own = guess;
 #pragma GCC ivdep
@@ -260,14 +291,45 @@ static inline vec held(vec v, vec low, vec high) { v = v < low ? low : v; return
 struct Grid {
     vec step, low, high;
     Grid(const Levels &l, int64_t row) : step(all(*l.of(row))), low(all(l.rule.lowest)), high(all(l.rule.highest)) {}
-    void operator()(const float *x, float *y, int64_t n) const {
+    void operator()(const float *x, float *y, int64_t n, bool past) const {
         const vec step = this->step, low = this->low, high = this->high;
-        over<1>(x, y, n, [&](const vec *v, vec *out) ALWAYS { *out = rounded(held(*v / step, low, high)) * step; });
+        over<1>(x, y, n, past, [&](const vec *v, vec *out) ALWAYS { *out = rounded(held(*v / step, low, high)) * step; });
     }
 };
 
 // Their gradients: (g, x, dx, n, behind) reads a stretch, writes the gradient to x and adds up what the row's table gets. Such sums
 // are floats, and have to be taken out now and then: `to` gets SUMS numbers more, of which `finish` makes the table's gradient.
+//
+// What lies in a gap is what lies above its lower level less what lies above the upper one: one comparison per level. They make
+// masks, of which a processor makes one in a cycle. Where 16 levels fit into a vector it is known in which gap a number lies, and
+// sums are a matrix of 4 x 4 that the product of a row and a column of looked up ones and zeros is added to.
+#ifdef __AVX512F__
+#define SEARCHED(K) (K == 16)
+struct Ones {
+    __m512 row[4], column[4];  // for each of 16 gaps, whether it is in that row, or column
+    Ones() {
+        for (int k = 0; k < 4; ++k) {
+            float rows[16], columns[16];
+            for (int gap = 0; gap < 16; ++gap) rows[gap] = gap / 4 == k, columns[gap] = gap % 4 == k;
+            row[k] = _mm512_loadu_ps(rows), column[k] = _mm512_loadu_ps(columns);
+        }
+    }
+    INLINE void add(vec *sums, __m512i gap, vec pull) const {
+        __m512 own[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) own[c] = _mm512_mul_ps((__m512)pull, _mm512_permutexvar_ps(gap, column[c]));
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            const __m512 here = _mm512_permutexvar_ps(gap, row[r]);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; ++c) sums[4 * r + c] = (vec)_mm512_fmadd_ps(here, own[c], (__m512)sums[4 * r + c]);
+        }
+    }
+};
+#else
+#define SEARCHED(K) false
+#endif
+
 template <int K> struct LevelsGradient {
     static const int SUMS = K + 1;
     const Table<K> table_;
@@ -280,17 +342,34 @@ template <int K> struct LevelsGradient {
         std::copy(beyond_, beyond_ + K, beyond);
         const Table<K> table = table_;
         const vec bottom = table.levels[0], top = top_;
+#ifdef __AVX512F__
+        const Ones ones;
+#endif
         const int WIDE = 4;
         over<WIDE>(g, x, dx, n, behind, bottom[0], [&](const vec *gv, const vec *v, vec *out) ALWAYS {
-            vec pull[WIDE];
-            table.template nearest<WIDE>(v, pull);
+            mask inside[WIDE];
             for (int w = 0; w < WIDE; ++w) {
-                const mask under = v[w] < bottom, over_ = v[w] > top, inside = ~(under | over_);
+                const mask under = v[w] < bottom, over_ = v[w] > top;
+                inside[w] = ~(under | over_);
                 low += where(under, gv[w]);
                 high += where(over_, gv[w]);
-                out[w] = where(inside, gv[w]);
-                pull[w] = where(inside, gv[w] * (pull[w] - v[w]));
+                out[w] = where(inside[w], gv[w]);
             }
+#ifdef __AVX512F__
+            if constexpr (SEARCHED(K)) {
+                __m512i code[WIDE];
+                table.template search<WIDE>(v, code);
+                for (int w = 0; w < WIDE; ++w) {
+                    const vec away = v[w] - (vec)_mm512_permutexvar_ps(code[w], (__m512)table.row);
+                    const __m512i below = _mm512_srai_epi32((__m512i)away, 31);  // -1 if the number lies below its level
+                    ones.add(beyond, _mm512_add_epi32(code[w], below), -where(inside[w], gv[w] * away));
+                }
+                return;
+            }
+#endif
+            vec pull[WIDE];
+            table.template nearest<WIDE>(v, pull);
+            for (int w = 0; w < WIDE; ++w) pull[w] = where(inside[w], gv[w] * (pull[w] - v[w]));
 #pragma GCC unroll 16
             for (int k = 0; k + 1 < K; ++k)
                 for (int w = 0; w < WIDE; ++w) add_above(beyond[k], pull[w], v[w], table.levels[k]);
@@ -298,7 +377,7 @@ template <int K> struct LevelsGradient {
         std::copy(beyond, beyond + K, beyond_), low_ = low, high_ = high;
     }
     void take(double *to) {
-        for (int k = 0; k + 1 < K; ++k) to[k] += lanes(beyond_[k]) - lanes(beyond_[k + 1]);
+        for (int k = 0; k + 1 < K; ++k) to[k] += lanes(beyond_[k]) - (SEARCHED(K) ? 0 : lanes(beyond_[k + 1]));
         to[K - 1] += lanes(low_);
         to[K] += lanes(high_);
         std::fill(beyond_, beyond_ + K, vec{}), low_ = high_ = vec{};

@@ -247,3 +247,14 @@ def test_a_library_is_built_once_and_whole(tmp_path, monkeypatch):
     assert native.library.__wrapped__() is None  # what is there cannot be loaded: said, and the eager functions do it
     assert native.library.__wrapped__() is None and len(built) == 1
     assert [p.suffix for p in (tmp_path / "nulsq").iterdir()] == [".so"]
+
+
+def test_tensors_larger_than_caches_are_written_like_others():
+    x = torch.randn((1 << 22) + 64, generator=torch.Generator().manual_seed(0))
+    grad, step, levels = torch.rand_like(x), torch.tensor([0.2]), torch.tensor([-0.5, 0.0, 0.4, 1.0])
+    for table, kind in ((levels, None), (step, (-2, 3))):
+        assert torch.equal(native.quantize(x, table, kind), torch.cat([native.quantize(part, table, kind) for part in x.split(1 << 20)]))
+        to_x, to_table = native.quantize_backward(grad, x, table, kind)
+        parts = [native.quantize_backward(*both, table, kind) for both in zip(grad.split(1 << 20), x.split(1 << 20), strict=True)]
+        assert torch.equal(to_x, torch.cat([part for part, _ in parts]))
+        torch.testing.assert_close(to_table, sum(part for _, part in parts), rtol=1e-4, atol=1e-2)
