@@ -10,8 +10,10 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
+#endif
+#ifdef __AVX512F__
 #define BYTES 64
 #else
 #define BYTES 32

@@ -1,8 +1,10 @@
 """Every path of the two quantizer ops computes what the eager functions compute."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +242,32 @@ def test_without_a_compiler_everything_works_and_is_said_once(tmp_path):
     assert done.stderr.count("quantizers run uncompiled") == 1 and "no C++ compiler" in done.stderr
 
 
+OLDER = """
+import sys, pytest
+from nulsq_cli.ops import native
+native.FLAGS = tuple(flag.replace("native", "haswell") for flag in native.FLAGS)
+assert native.library() is not None
+sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif("avx512f" not in native._processor(), reason="this processor has no longer vectors than AVX2's")
+def test_the_loops_of_processors_with_shorter_vectors_compute_the_same(tmp_path):
+    here = Path(__file__).parent
+    chosen = "bit_for_bit or gradients or even_grid or one_after or thread"
+    tests = [str(here / "test_norm.py"), str(here / "test_loops.py"), "-k", chosen]
+    done = subprocess.run([sys.executable, "-c", OLDER, *tests], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0 and "[100%]" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of another kind")
+def test_the_loops_compile_for_the_oldest_processors(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", "x86-64").replace("-O3", "-O1") for flag in native.FLAGS))
+    native._build(tmp_path / "loops.so")
+    assert (tmp_path / "loops.so").stat().st_size > 0
+
+
 def test_a_library_is_built_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
@@ -253,7 +281,8 @@ def test_tensors_larger_than_caches_are_written_like_others():
     x = torch.randn((1 << 22) + 64, generator=torch.Generator().manual_seed(0))
     grad, step, levels = torch.rand_like(x), torch.tensor([0.2]), torch.tensor([-0.5, 0.0, 0.4, 1.0])
     for table, kind in ((levels, None), (step, (-2, 3))):
-        assert torch.equal(native.quantize(x, table, kind), torch.cat([native.quantize(part, table, kind) for part in x.split(1 << 20)]))
+        small = [native.quantize(part, table, kind) for part in x.split(1 << 20)]
+        assert torch.equal(native.quantize(x, table, kind), torch.cat(small))
         to_x, to_table = native.quantize_backward(grad, x, table, kind)
         parts = [native.quantize_backward(*both, table, kind) for both in zip(grad.split(1 << 20), x.split(1 << 20), strict=True)]
         assert torch.equal(to_x, torch.cat([part for part, _ in parts]))
