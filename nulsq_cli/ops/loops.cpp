@@ -39,8 +39,10 @@ void nulsq_quantize(const float *x, float *relu, float *y, int64_t rows, int64_t
     const Levels levels(rule, rows);
     const bool past = !relu && past_caches(y, x, rows, cols);
     with_quantizer(rule, [&](auto *kind) {
+        typedef std::remove_pointer_t<decltype(kind)> Quantizer;
+        const Quantizer one(levels, 0);  // making one takes a while
         blocks(rows, cols, threads, [&](int64_t row, int64_t first, int64_t n, int64_t) {
-            const std::remove_pointer_t<decltype(kind)> quantize(levels, row);
+            const Quantizer &quantize = row ? Quantizer(levels, row) : one;
             quantize(block_of(x, relu, first, n), y + first, n, past);
         });
     });
@@ -54,8 +56,9 @@ void nulsq_quantize_backward(const float *g, const float *x, float *dx, int64_t 
     with_gradient(rule, [&](auto *kind) {
         typedef std::remove_pointer_t<decltype(kind)> Gradient;
         std::vector<double> sums(rows * each * Gradient::SUMS);
+        const Gradient one(levels, 0);
         blocks(rows, cols, threads, [&](int64_t row, int64_t first, int64_t n, int64_t b) {
-            Gradient gradient(levels, row);
+            Gradient gradient = row ? Gradient(levels, row) : one;
             gradient(g + first, x + first, dx + first, n, behind.from(first));
             gradient.take(&sums[b * Gradient::SUMS]);
         });
