@@ -40,6 +40,9 @@ static INLINE void store(float *p, vec v, bool past) {
 #endif
     store(p, v);
 }
+// Processors see by themselves that memory is read in order, but begin anew every 4096 bytes.
+static const int64_t AHEAD = 1024;
+static INLINE void fetch(const float *p) { __builtin_prefetch(p + AHEAD); }
 static inline vec all(float s) { return s - vec{}; }
 static inline vec where(mask m, vec v) { return (vec)((mask)v & m); }
 static inline vec positive(vec v) { return where(~(v <= vec{}), v); }  // a ReLU; what is not a number stays
@@ -73,7 +76,7 @@ template <int WIDE, class Step> static INLINE void over(const float *x, float *y
     vec in[WIDE], out[WIDE];
     int64_t i = 0;
     for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
-        for (int w = 0; w < WIDE; ++w) in[w] = load(x + i + w * LANES);
+        for (int w = 0; w < WIDE; ++w) in[w] = load(x + i + w * LANES), fetch(x + i + w * LANES);
         step(in, out);
         for (int w = 0; w < WIDE; ++w) store(y + i + w * LANES, out[w], past);
     }
@@ -95,7 +98,7 @@ struct Behind {
 };
 
 // The same for step(g, x, dx), which takes WIDE vectors of each at a time: its own tables are then read once for all of them.
-template <int WIDE, class Step>
+template <int WIDE, bool FETCH = true, class Step>
 static INLINE void over(const float *g, const float *x, float *dx, int64_t n, Behind behind, float filler, Step step) {
     vec gs[WIDE], xs[WIDE], out[WIDE], rest[WIDE] = {};
     const auto finish = [&]() ALWAYS {
@@ -104,7 +107,10 @@ static INLINE void over(const float *g, const float *x, float *dx, int64_t n, Be
     };
     int64_t i = 0;
     for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
-        for (int w = 0; w < WIDE; ++w) gs[w] = load(g + i + w * LANES), xs[w] = load(x + i + w * LANES);
+        for (int w = 0; w < WIDE; ++w) {
+            gs[w] = load(g + i + w * LANES), xs[w] = load(x + i + w * LANES);
+            if (FETCH) fetch(g + i + w * LANES), fetch(x + i + w * LANES);
+        }
         step(gs, xs, out);
         if (behind.others)
             for (int w = 0; w < WIDE; ++w) rest[w] = load(behind.others + i + w * LANES);
@@ -182,24 +188,26 @@ template <int K> struct Table {
 #ifdef __AVX512F__
     // In two steps, three comparisons each, where comparing with every cut takes fifteen, and four steps of one wait for each other.
     template <int WIDE> INLINE void search(const vec *x, __m512i *code) const {
-        const __m512i one = _mm512_set1_epi32(1), four = _mm512_set1_epi32(4);
+        __m512i quarter[WIDE];
+#pragma GCC unroll 4
+        for (int w = 0; w < WIDE; ++w) {
+            quarter[w] = _mm512_setzero_si512();
+#pragma GCC unroll 3
+            for (int k = 1; k < 4; ++k)
+                quarter[w] = _mm512_mask_mov_epi32(quarter[w], above_cut(x[w], (__m512)cuts[4 * k - 1]), _mm512_set1_epi32(4 * k));
+        }
 #pragma GCC unroll 4
         for (int w = 0; w < WIDE; ++w) {
             code[w] = _mm512_setzero_si512();
 #pragma GCC unroll 3
-            for (int k = 3; k < 12; k += 4)
-                code[w] = _mm512_mask_add_epi32(code[w], _mm512_cmp_ps_mask((__m512)x[w], (__m512)cuts[k], _CMP_GT_OQ), code[w], four);
-        }
-#pragma GCC unroll 4
-        for (int w = 0; w < WIDE; ++w) {
-            const __m512i start = code[w];
-#pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k) {
-                const __m512 cut = _mm512_permutexvar_ps(start, (__m512)above[k]);
-                code[w] = _mm512_mask_add_epi32(code[w], _mm512_cmp_ps_mask((__m512)x[w], cut, _CMP_GT_OQ), code[w], one);
+            for (int k = 1; k < 4; ++k) {
+                const __m512 cut = _mm512_permutexvar_ps(quarter[w], (__m512)above[k - 1]);
+                code[w] = _mm512_mask_mov_epi32(code[w], above_cut(x[w], cut), _mm512_set1_epi32(k));
             }
+            code[w] = _mm512_or_si512(code[w], quarter[w]);
         }
     }
+    static INLINE __mmask16 above_cut(vec x, __m512 cut) { return _mm512_cmp_ps_mask((__m512)x, cut, _CMP_GT_OQ); }
 #endif
     template <int WIDE> INLINE void nearest(const vec *x, vec *y) const {
 #ifdef __AVX512F__
@@ -302,30 +310,43 @@ struct Grid {
 // Their gradients: (g, x, dx, n, behind) reads a stretch, writes the gradient to x and adds up what the row's table gets. Such sums
 // are floats, and have to be taken out now and then: `to` gets SUMS numbers more, of which `finish` makes the table's gradient.
 //
-// What lies in a gap is what lies above its lower level less what lies above the upper one: one comparison per level. They make
-// masks, of which a processor makes one in a cycle. Where 16 levels fit into a vector it is known in which gap a number lies, and
-// sums are a matrix of 4 x 4 that the product of a row and a column of looked up ones and zeros is added to.
+// What lies in a gap is what lies above its lower level less what lies above the upper one: one comparison and one addition per level.
+// Where 16 levels fit into a vector it is found out first in which gap each number lies. Sums are then a matrix of 4 x 4: a number is
+// spread over four columns, all but one of them 0, which are added in its row, in one half by looked up factors and in the other by
+// masks, for these are the work of different parts of a processor.
 #ifdef __AVX512F__
 #define SEARCHED(K) (K == 16)
-struct Ones {
-    __m512 row[4], column[4];  // for each of 16 gaps, whether it is in that row, or column
-    Ones() {
+struct GapSums {
+    __m512 row[2], column[4];  // for each of 16 gaps, 1 if it is in that row, or column, else 0
+    GapSums() {
+        float in[16];
         for (int k = 0; k < 4; ++k) {
-            float rows[16], columns[16];
-            for (int gap = 0; gap < 16; ++gap) rows[gap] = gap / 4 == k, columns[gap] = gap % 4 == k;
-            row[k] = _mm512_loadu_ps(rows), column[k] = _mm512_loadu_ps(columns);
+            for (int gap = 0; gap < 16; ++gap) in[gap] = gap % 4 == k;
+            column[k] = _mm512_loadu_ps(in);
+            for (int gap = 0; gap < 16; ++gap) in[gap] = gap / 4 == k;
+            if (k < 2) row[k] = _mm512_loadu_ps(in);
         }
     }
-    INLINE void add(vec *sums, __m512i gap, vec pull) const {
-        __m512 own[4];
+    // Meanwhile x and g are fetched, which are read next.
+    void add(vec *sums_, const __m512i *gaps, const vec *pulls, int64_t count, const float *x, const float *g) const {
+        const GapSums own = *this;
+        __m512 sums[16];
+        for (int k = 0; k < 16; ++k) sums[k] = (__m512)sums_[k];
+        for (int64_t i = 0; i < count; ++i) {
+            __builtin_prefetch(x + i * LANES), __builtin_prefetch(g + i * LANES);
+            const __m512 first = _mm512_permutexvar_ps(gaps[i], own.row[0]), second = _mm512_permutexvar_ps(gaps[i], own.row[1]);
+            const __mmask16 fourth = _mm512_cmpge_epi32_mask(gaps[i], _mm512_set1_epi32(12));
+            const __mmask16 third = _kandn_mask16(fourth, _mm512_cmpge_epi32_mask(gaps[i], _mm512_set1_epi32(8)));
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) own[c] = _mm512_mul_ps((__m512)pull, _mm512_permutexvar_ps(gap, column[c]));
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-            const __m512 here = _mm512_permutexvar_ps(gap, row[r]);
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; ++c) sums[4 * r + c] = (vec)_mm512_fmadd_ps(here, own[c], (__m512)sums[4 * r + c]);
+            for (int c = 0; c < 4; ++c) {
+                const __m512 here = _mm512_mul_ps((__m512)pulls[i], _mm512_permutexvar_ps(gaps[i], own.column[c]));
+                sums[c] = _mm512_fmadd_ps(first, here, sums[c]);
+                sums[4 + c] = _mm512_fmadd_ps(second, here, sums[4 + c]);
+                sums[8 + c] = _mm512_mask_add_ps(sums[8 + c], third, sums[8 + c], here);
+                sums[12 + c] = _mm512_mask_add_ps(sums[12 + c], fourth, sums[12 + c], here);
+            }
         }
+        for (int k = 0; k < 16; ++k) sums_[k] = (vec)sums[k];
     }
 };
 #else
@@ -344,42 +365,47 @@ template <int K> struct LevelsGradient {
         std::copy(beyond_, beyond_ + K, beyond);
         const Table<K> table = table_;
         const vec bottom = table.levels[0], top = top_;
-#ifdef __AVX512F__
-        const Ones ones;
-#endif
         const int WIDE = 4;
-        over<WIDE>(g, x, dx, n, behind, bottom[0], [&](const vec *gv, const vec *v, vec *out) ALWAYS {
-            mask inside[WIDE];
-            for (int w = 0; w < WIDE; ++w) {
-                const mask under = v[w] < bottom, over_ = v[w] > top;
-                inside[w] = ~(under | over_);
-                low += where(under, gv[w]);
-                high += where(over_, gv[w]);
-                out[w] = where(inside[w], gv[w]);
-            }
+        const auto ends = [&](vec gv, vec v, vec &out) ALWAYS {
+            const mask under = v < bottom, over_ = v > top, inside = ~(under | over_);
+            low += where(under, gv);
+            high += where(over_, gv);
+            out = where(inside, gv);
+            return inside;
+        };
 #ifdef __AVX512F__
-            if constexpr (SEARCHED(K)) {
-                __m512i code[WIDE];
-                table.template search<WIDE>(v, code);
-                for (int w = 0; w < WIDE; ++w) {
-                    const vec away = v[w] - (vec)_mm512_permutexvar_ps(code[w], (__m512)table.row);
-                    const __m512i below = _mm512_srai_epi32((__m512i)away, 31);  // -1 if the number lies below its level
-                    ones.add(beyond, _mm512_add_epi32(code[w], below), -where(inside[w], gv[w] * away));
-                }
-                return;
+        if constexpr (SEARCHED(K)) {  // in two loops, for one would need more registers than there are
+            const int64_t CHUNK = 64;
+            __m512i gaps[CHUNK];
+            vec pulls[CHUNK];
+            for (int64_t i = 0; i < n; i += CHUNK * LANES) {
+                int64_t count = 0;
+                const auto find = [&](const vec *gv, const vec *v, vec *out) ALWAYS {
+                    __m512i code[WIDE];
+                    table.template search<WIDE>(v, code);
+                    for (int w = 0; w < WIDE; ++w, ++count) {
+                        const vec away = v[w] - (vec)_mm512_permutexvar_ps(code[w], (__m512)table.row);
+                        gaps[count] = _mm512_add_epi32(code[w], _mm512_srai_epi32((__m512i)away, 31));  // one less below its level
+                        pulls[count] = where(ends(gv[w], v[w], out[w]), gv[w] * away);
+                    }
+                };
+                over<WIDE, false>(g + i, x + i, dx + i, std::min(CHUNK * LANES, n - i), behind.from(i), bottom[0], find);
+                GapSums().add(beyond, gaps, pulls, count, x + i + CHUNK * LANES, g + i + CHUNK * LANES);
             }
+        } else
 #endif
-            vec pull[WIDE];
-            table.template nearest<WIDE>(v, pull);
-            for (int w = 0; w < WIDE; ++w) pull[w] = where(inside[w], gv[w] * (pull[w] - v[w]));
+            over<WIDE>(g, x, dx, n, behind, bottom[0], [&](const vec *gv, const vec *v, vec *out) ALWAYS {
+                vec pull[WIDE];
+                table.template nearest<WIDE>(v, pull);
+                for (int w = 0; w < WIDE; ++w) pull[w] = where(ends(gv[w], v[w], out[w]), gv[w] * (pull[w] - v[w]));
 #pragma GCC unroll 16
-            for (int k = 0; k + 1 < K; ++k)
-                for (int w = 0; w < WIDE; ++w) add_above(beyond[k], pull[w], v[w], table.levels[k]);
-        });
+                for (int k = 0; k + 1 < K; ++k)
+                    for (int w = 0; w < WIDE; ++w) add_above(beyond[k], pull[w], v[w], table.levels[k]);
+            });
         std::copy(beyond, beyond + K, beyond_), low_ = low, high_ = high;
     }
     void take(double *to) {
-        for (int k = 0; k + 1 < K; ++k) to[k] += lanes(beyond_[k]) - (SEARCHED(K) ? 0 : lanes(beyond_[k + 1]));
+        for (int k = 0; k + 1 < K; ++k) to[k] += SEARCHED(K) ? -lanes(beyond_[k]) : lanes(beyond_[k]) - lanes(beyond_[k + 1]);
         to[K - 1] += lanes(low_);
         to[K] += lanes(high_);
         std::fill(beyond_, beyond_ + K, vec{}), low_ = high_ = vec{};
