@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from nulsq_cli.errors import UsageError
 from nulsq_cli.layers import QuantLayer, evaluating, prepare, quant_layers
 from nulsq_cli.ops.native import Norm
 
@@ -32,16 +33,35 @@ class QuantReLU(nn.ReLU):
     """Whether nobody else reads the result."""
     overwrites: bool
     """Whether it works in place, and nobody else reads what it is made from."""
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]
+    """Where this module and the reader are: (parent, name, module)."""
+    awaits = False
+    """Whether the BatchNorm before it has done its work, so that only that result may come."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(...) to the same shape."""
+        """(...) to the same shape.
+
+        Raises:
+            UsageError: what comes is not what the BatchNorm before made, as it was when they were paired.
+        """
         quantizer = None if torch.compiler.is_compiling() else self.reader.input_quantizer
         if quantizer is None:
             return super().forward(x)
         if x.__dict__.pop("_nulsq_rectified", None) is self:
+            self.__dict__["awaits"] = False
             return x
+        if self.awaits:
+            raise UsageError("something new stands between a BatchNorm and its ReLU, which are one operation here",
+                             fix="change a model before it is quantized")  # fmt: skip
+        if self.moved:
+            return super().forward(x)
         both = quantizer.behind_relu(x, self.inplace, self.alone and self.overwrites and not self.watched)
         return super().forward(x) if both is None else prepare(*both, self.reader)
+
+    @property
+    def moved(self) -> bool:
+        """Whether this module or the reader is no longer where it was: the model is another one then."""
+        return any(parent._modules.get(name) is not module for parent, name, module in self.places)
 
     @property
     def watched(self) -> bool:
@@ -62,9 +82,13 @@ class _BehindNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        if torch.compiler.is_compiling() or self.relu.reader.input_quantizer is None:
+        if torch.compiler.is_compiling():
             return self.plain(x)
-        if self._forward_hooks or self.relu._forward_pre_hooks:  # somebody wants to see what lies between
+        relu = self.relu
+        relu.__dict__["awaits"] = False
+        if relu.reader.input_quantizer is None or relu.moved:
+            return self.plain(x)
+        if self._forward_hooks or relu._forward_pre_hooks:  # somebody wants to see what lies between
             return self.plain(x)
         if self.adds:
             return _Unfinished(self, x)  # type: ignore[return-value]
@@ -84,6 +108,7 @@ class _BehindNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         y = prepare(*both, relu.reader)
         y._nulsq_rectified = relu  # type: ignore[attr-defined]
+        relu.__dict__["awaits"] = True
         return y
 
 
@@ -264,9 +289,11 @@ def pair(model: nn.Module, images: Tensor) -> None:
     for buffer, before in buffers:  # a trace runs what a model does to its buffers in training
         if not torch.equal(buffer, before):
             buffer.copy_(before)
+    places = {m: (parent, name, m) for parent in model.modules() for name, m in parent._modules.items() if m is not None}
     for relu, reader in readers.items():
         relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it
         object.__setattr__(relu, "reader", reader)
+        relu.places = places[relu], places[reader]
         relu.alone, relu.overwrites = relu in still.alone & moving.alone, relu.inplace and relu in still.fresh
     for norm, (relu, added) in still.norms.items():
         if moving.norms.get(norm) == (relu, added):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.errors import UsageError
 from nulsq_cli.layers import evaluating, quant_layers, standing_still
 from nulsq_cli.methods import base
 from nulsq_cli.methods.lsq import LSQ
@@ -320,6 +321,42 @@ def test_a_model_that_is_changed_later_still_computes():
         ours = model(IMAGES)
         torch.manual_seed(0)
         torch.testing.assert_close(ours, plain(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["acts.0", "acts.1", "acts.2", "acts.3", "convs.1", "convs.2", "convs.3", "convs.5"])
+def test_what_was_exchanged_later_is_what_computes(name):
+    model = quantized()
+    plain = copy.deepcopy(model)
+    pair(model, IMAGES)
+    for one in (model, plain):
+        torch.manual_seed(0)
+        one.set_submodule(name, nn.Hardswish() if name.startswith("acts") else nn.Conv2d(16, 16, 3, padding=1, bias=False))
+    same(model, plain, IMAGES)
+
+
+@pytest.mark.parametrize("name", ["norms.0", "norms.2"])
+def test_what_is_put_between_later_is_noticed(name):
+    model = quantized()
+    pair(model, IMAGES)
+    model.set_submodule(name, nn.Sequential(model.get_submodule(name), nn.Hardtanh()))
+    if name == "norms.0":
+        with pytest.raises(UsageError, match="before it is quantized"):
+            model(IMAGES)
+    else:  # before the sum, which is then made of tensors
+        model(IMAGES)
+
+
+def test_compilers_see_plain_modules():
+    model = quantized()
+    plain = copy.deepcopy(model)
+    pair(model, IMAGES)
+    for one in (model, plain):
+        one.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES), plain(IMAGES))
+        exported = torch.export.export(model, (IMAGES,)).module()
+        torch.testing.assert_close(exported(IMAGES), plain(IMAGES))
 
 
 def test_nothing_prepared_stays_behind():

@@ -31,8 +31,8 @@ static const float INF = std::numeric_limits<float>::infinity();
 
 static inline vec load(const float *p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
-// past the caches, if wanted: where a tensor is larger than they are, that spares reading its memory before it is written
-static INLINE void store(float *p, vec v, bool past) {
+// Stores past the caches, if wanted: where a tensor is larger than they are, that spares reading its memory before it is written.
+static INLINE void put(float *p, vec v, bool past) {
 #if defined(__AVX512F__)
     if (past) return _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX__)
@@ -78,7 +78,7 @@ template <int WIDE, class Step> static INLINE void over(const float *x, float *y
     for (; i + WIDE * LANES <= n; i += WIDE * LANES) {
         for (int w = 0; w < WIDE; ++w) in[w] = load(x + i + w * LANES), fetch(x + i + w * LANES);
         step(in, out);
-        for (int w = 0; w < WIDE; ++w) store(y + i + w * LANES, out[w], past);
+        for (int w = 0; w < WIDE; ++w) put(y + i + w * LANES, out[w], past);
     }
     if (i < n) {
         for (int w = 0; w < WIDE; ++w) in[w] = vec{};
@@ -115,7 +115,7 @@ static INLINE void over(const float *g, const float *x, float *dx, int64_t n, Be
         if (behind.others)
             for (int w = 0; w < WIDE; ++w) rest[w] = load(behind.others + i + w * LANES);
         finish();
-        for (int w = 0; w < WIDE; ++w) store(dx + i + w * LANES, out[w], behind.past);
+        for (int w = 0; w < WIDE; ++w) put(dx + i + w * LANES, out[w], behind.past);
     }
     if (i < n) {
         for (int w = 0; w < WIDE; ++w) gs[w] = all(0.f), xs[w] = all(filler);
@@ -156,7 +156,7 @@ struct Rule {
     float lowest, highest;
 };
 
-// The same with levels in the place of gaps, and which of the rows.
+// The same for all rows, with levels in the place of gaps.
 struct Levels {
     std::vector<float> made;
     const Rule rule;
