@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from nulsq_cli import api
 from nulsq_cli.layers import quantizers, weights_together
 from nulsq_cli.models import create_float_model
+from nulsq_cli.rectified import one_operation
 from nulsq_cli.training import watch
 from nulsq_cli.training.optim import Pair
 
@@ -90,7 +91,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """Of the forward pass, with its graph."""
-        with weights_together(self.model):
+        with one_operation(self.model, self.images), weights_together(self.model):
             return F.cross_entropy(self.model(self.images), self.target)
 
     def __call__(self) -> None:

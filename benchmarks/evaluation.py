@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nulsq_cli import calibrate
 from nulsq_cli.convert import Policy, convert, make_plan
+from nulsq_cli.rectified import one_operation
 from nulsq_cli.session import CHUNK
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.world import World
@@ -33,7 +34,7 @@ def check_outputs(model: nn.Module, images: Tensor) -> None:
     found = []
     for on in (False, True):
         compiled(on)
-        with torch.no_grad():
+        with torch.no_grad(), one_operation(model, images):
             found.append(model.eval()(images))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 

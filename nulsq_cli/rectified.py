@@ -5,8 +5,12 @@ This is `ops/relu.py` and `ops/norm.py` in the place of modules of a model.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,7 +20,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from nulsq_cli.errors import UsageError
 from nulsq_cli.layers import QuantLayer, evaluating, prepare, quant_layers
 from nulsq_cli.ops.native import Norm
 
@@ -33,44 +36,56 @@ class QuantReLU(nn.ReLU):
     """Whether nobody else reads the result."""
     overwrites: bool
     """Whether it works in place, and nobody else reads what it is made from."""
-    places: tuple[tuple[nn.Module, str, nn.Module], ...]
-    """Where this module and the reader are: (parent, name, module)."""
-    awaits = False
-    """Whether the BatchNorm before it has done its work, so that only that result may come."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(...) to the same shape.
-
-        Raises:
-            UsageError: what comes is not what the BatchNorm before made, as it was when they were paired.
-        """
+        """(...) to the same shape."""
         quantizer = None if torch.compiler.is_compiling() else self.reader.input_quantizer
         if quantizer is None:
             return super().forward(x)
-        if x.__dict__.pop("_nulsq_rectified", None) is self:
-            self.__dict__["awaits"] = False
+        if x.__dict__.pop("_nulsq_rectified", None) is self:  # by the BatchNorm before it
             return x
-        if self.awaits:
-            raise UsageError("something new stands between a BatchNorm and its ReLU, which are one operation here",
-                             fix="change a model before it is quantized")  # fmt: skip
-        if self.moved:
-            return super().forward(x)
-        both = quantizer.behind_relu(x, self.inplace, self.alone and self.overwrites and not self.watched)
+        watched = self._forward_hooks or self.reader._forward_pre_hooks or self.reader._forward_hooks
+        both = quantizer.behind_relu(x, self.inplace, self.alone and self.overwrites and not watched)
         return super().forward(x) if both is None else prepare(*both, self.reader)
 
-    @property
-    def moved(self) -> bool:
-        """Whether this module or the reader is no longer where it was: the model is another one then."""
-        return any(parent._modules.get(name) is not module for parent, name, module in self.places)
 
-    @property
-    def watched(self) -> bool:
-        """Whether somebody wants to see what this hands on."""
-        return bool(self._forward_hooks or self.reader._forward_pre_hooks or self.reader._forward_hooks)
+class _Switch:
+    """Whether BatchNorms may do what others do after them, for all of a model."""
+
+    on = False
+
+
+_Parts = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
+"""The modules of a model and their children, but for what is inside of layers, which may change."""
+
+
+def _parts(model: nn.Module) -> _Parts:
+    found, left = [], [model]
+    while left:
+        m = left.pop()
+        children = () if isinstance(m, QuantLayer) else tuple(m._modules.values())
+        found.append((m, children))
+        left += [child for child in children if child is not None]
+    return found
+
+
+def _as_it_was(parts: _Parts) -> bool:
+    """Whether all modules are where they were."""
+    return all(not children or tuple(m._modules.values()) == children for m, children in parts)
+
+
+def _unseen(parts: _Parts) -> bool:
+    """Whether nobody wants to see what goes through a module."""
+    anywhere = nn.modules.module
+    if (anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks or anywhere._global_backward_hooks
+            or anywhere._global_backward_pre_hooks):  # fmt: skip
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m, _ in parts)
 
 
 class _BehindNorm(nn.BatchNorm2d):
     relu: QuantReLU
+    switch: _Switch
     overwrites: bool
     """Whether a layer made what this one reads, and nobody else reads it."""
     adds: bool
@@ -82,16 +97,12 @@ class _BehindNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.switch.on:
             return self.plain(x)
-        relu = self.relu
-        relu.__dict__["awaits"] = False
-        if relu.reader.input_quantizer is None or relu.moved:
+        if self.relu.reader.input_quantizer is None or not self.track_running_stats:
             return self.plain(x)
-        if self._forward_hooks or relu._forward_pre_hooks:  # somebody wants to see what lies between
-            return self.plain(x)
-        if self.adds:
-            return _Unfinished(self, x)  # type: ignore[return-value]
+        if self.adds:  # without gradients the sum may be in another place than this, where there are some
+            return self.plain(x) if self.training and not torch.is_grad_enabled() else _Unfinished(self, x)  # type: ignore[return-value]
         y = self.with_relu(x)
         return self.plain(x) if y is None else y
 
@@ -100,23 +111,22 @@ class _BehindNorm(nn.BatchNorm2d):
         relu = self.relu
         share = 1 / (1 + int(self.num_batches_tracked)) if self.momentum is None else self.momentum
         norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, share, self.eps, self.training)
-        both = relu.reader.input_quantizer.behind_relu(
-            x, self.overwrites and not self._forward_pre_hooks, relu.alone and not relu.watched, norm, shortcut)  # fmt: skip
+        both = relu.reader.input_quantizer.behind_relu(x, self.overwrites, relu.alone, norm, shortcut)
         if both is None:
             return None
         if self.training:
             self.num_batches_tracked.add_(1)
         y = prepare(*both, relu.reader)
         y._nulsq_rectified = relu  # type: ignore[attr-defined]
-        relu.__dict__["awaits"] = True
         return y
 
 
 class QuantNorm(_BehindNorm):
     """A BatchNorm that knows the ReLU which reads its result, and nobody else does: it does the ReLU's work as well.
 
-    What it computes with has a plain BatchNorm's bits, but with channels last in training: there sums are added in another
-    order, as those of gradients and running statistics are in any layout. Made by `pair`, as a `QuantReLU` is.
+    Inside of `one_operation` only. What it computes with has a plain BatchNorm's bits, but in training with channels last or
+    planes of one pixel: there sums are added in another order, as those of gradients and running statistics are in any
+    layout. Made by `pair`, as a `QuantReLU` is.
     """
 
 
@@ -133,17 +143,21 @@ class QuantNormAct(_BehindNorm, BatchNormAct2d):
         return y if y is None or self.act is not self.relu else self.act(y)
 
 
+_PLAIN = {QuantReLU: nn.ReLU, QuantNorm: nn.BatchNorm2d, QuantNormAct: BatchNormAct2d}
+
+
 class _Unfinished:
     """What a BatchNorm would hand on, were not something added to it next: the addition does the BatchNorm's work as well.
 
-    `pair` has proved that nothing else is done with it. Where somebody changes the model after that, it becomes a tensor.
+    `pair` has proved that nothing else is done with it. Were something, it would be a tensor for that.
     """
 
     def __init__(self, norm: _BehindNorm, x: Tensor) -> None:
         self._norm, self._x = norm, x
 
     def __add__(self, shortcut: Any) -> Tensor:
-        y = self._norm.with_relu(self._x, shortcut) if isinstance(shortcut, Tensor) else None
+        fresh = isinstance(shortcut, Tensor) and "_tensor" not in self.__dict__
+        y = self._norm.with_relu(self._x, shortcut) if fresh else None
         return self._tensor + shortcut if y is None else y
 
     __iadd__ = __radd__ = __add__
@@ -178,27 +192,29 @@ class _Tracer(fx.Tracer):
 
 
 class _Proved(NamedTuple):
-    """What is certain about a model in the mode that it was in."""
+    """What is certain about the modules of a model, by name, in the mode that it was in."""
 
-    alone: set[nn.ReLU]
-    """Only the reader reads the result."""
-    fresh: set[nn.ReLU]
-    """What it reads was made by a BatchNorm, for nobody else."""
-    norms: dict[nn.BatchNorm2d, tuple[nn.ReLU, bool]]
-    """Only this ReLU reads the result, or, if that is so, the sum of it and something else, which nobody else reads."""
-    own: set[nn.BatchNorm2d]
-    """What such a one reads was made by a layer, for nobody else."""
+    alone: set[str]
+    """ReLUs of which only the reader reads the result."""
+    fresh: set[str]
+    """ReLUs that read what a BatchNorm made for nobody else."""
+    norms: dict[str, tuple[str, bool]]
+    """BatchNorms: only this ReLU reads the result, or, if that is so, the sum of it and something else, for nobody else."""
+    own: set[str]
+    """Those of them that read what a layer made for nobody else."""
 
 
-def _proved(model: nn.Module, readers: dict[nn.ReLU, QuantLayer]) -> _Proved:
+def _proved(model: nn.Module, readers: dict[str, str]) -> _Proved:
     """By a symbolic trace, which fails where the way through a model depends on its data."""
     proved = _Proved(set(), set(), {}, set())
+    given = inspect.signature(model.forward).parameters.values()
+    optional = {p.name: p.default for p in given if p.default is not p.empty}
     try:
-        nodes = list(_Tracer().trace(model).nodes)
+        nodes = list(_Tracer().trace(model, optional).nodes)
     except Exception:  # torch.fx runs the model's code on symbols: anything may fail
         return proved
     modules = dict(model.named_modules())
-    called = {node: modules[node.target] for node in nodes if node.op == "call_module"}
+    called = {node: node.target for node in nodes if node.op == "call_module"}
     times = Counter(called.values())
 
     def for_one(node: Any) -> bool:
@@ -207,42 +223,50 @@ def _proved(model: nn.Module, readers: dict[nn.ReLU, QuantLayer]) -> _Proved:
     def read_by(node: fx.Node) -> fx.Node | None:
         return node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
 
-    def prove(norm: nn.Module | None, node: fx.Node, relu: nn.ReLU, added: bool) -> None:
-        if type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and times[norm] == 1 and norm.affine and norm.track_running_stats:
-            proved.norms[norm] = relu, added
-            if for_one(read_by(node)) and isinstance(called.get(read_by(node)), (QuantLayer, nn.Conv2d)):
-                proved.own.add(norm)
+    def prove(name: str | None, node: fx.Node, relu: str, added: bool) -> None:
+        norm = modules.get(name)
+        if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or not (norm.affine and norm.track_running_stats):
+            return
+        if times[name] > 1:
+            return
+        if added and not for_one(read_by(node)):  # what it reads may be another thing when something is added
+            return
+        proved.norms[name] = relu, added
+        if for_one(read_by(node)) and isinstance(modules.get(called.get(read_by(node))), (QuantLayer, nn.Conv2d)):
+            proved.own.add(name)
 
-    for node, module in called.items():
+    for node, name in called.items():
+        module = modules[name]
         inside = isinstance(module, BatchNormAct2d) and type(module.drop) is nn.Identity
-        relu = module.act if inside else module
+        relu = f"{name}.act" if inside else name
         if relu not in readers:
             continue
         if [called.get(user) for user in node.users] == [readers[relu]]:
             proved.alone.add(relu)
         if inside:
             proved.fresh.add(relu)
-            prove(module, node, relu, False)
+            prove(name, node, relu, False)
             continue
         before = read_by(node)
         if not for_one(before):
             continue
-        if isinstance(called.get(before), _BatchNorm):
+        if isinstance(modules.get(called.get(before)), _BatchNorm):
             proved.fresh.add(relu)
         added = before.target in (operator.add, operator.iadd)
-        terms = before.args[: 1 if before.target is operator.iadd else 2] if added else [before]
+        terms = before.args[: 1 if before.target is operator.iadd else 2] if added else (before,)
         for term in terms:
-            norm = called.get(term) if for_one(term) else None
+            source = called.get(term) if for_one(term) and terms.count(term) == 1 else None
+            norm = modules.get(source)
             if not isinstance(norm, BatchNormAct2d) or (type(norm.drop) is type(norm.act) is nn.Identity):
-                prove(norm, term, relu, added)
-            if norm in proved.norms:
+                prove(source, term, relu, added)
+            if source in proved.norms:
                 break
     return proved
 
 
 @torch.no_grad()
 def pair(model: nn.Module, images: Tensor) -> None:
-    """Find the ReLUs whose result goes into a quantized layer as it is, and tell them. Once for a model; later calls return.
+    """Find the ReLUs whose result goes into a quantized layer as it is, and tell them. Again only if a module was exchanged.
 
     A ReLU that runs more than once in a forward pass has no one reader. Where several layers read one, it is the
     first. Nothing else changes: parameters, names, hooks.
@@ -251,18 +275,24 @@ def pair(model: nn.Module, images: Tensor) -> None:
         model: in any mode, on the device of the images.
         images: at least one that the model takes; two of them are run.
     """
-    if getattr(model, "_nulsq_paired", False) or not images.is_cpu or getattr(model, "_compiled_call_impl", None) is not None:
-        return  # done, or there are no such loops
+    if not images.is_cpu or getattr(model, "_compiled_call_impl", None) is not None:
+        return  # there are no such loops
+    if hasattr(model, "_nulsq_paired") and _as_it_was(model._nulsq_paired[1]):
+        return
     layers = quant_layers(model).values()
     if not layers:  # it may be quantized later
         return
-    model._nulsq_paired = True
+    for m in model.modules():
+        if type(m) in _PLAIN:  # from before
+            m.__class__ = _PLAIN[type(m)]
+    switch = _Switch()
+    model._nulsq_paired = switch, _parts(model)
     relus = [m for m in model.modules() if type(m) is nn.ReLU]
     if not relus:
         return
     runs: Counter[nn.ReLU] = Counter()
     made: dict[int, tuple[nn.ReLU, Tensor, int]] = {}  # by identity of the tensor, which is kept so that no other gets it
-    readers: dict[nn.ReLU, QuantLayer] = {}
+    found: dict[nn.ReLU, QuantLayer] = {}
 
     def ran(relu: nn.ReLU, _: tuple[Tensor], y: Tensor) -> None:
         runs[relu] += 1
@@ -271,32 +301,54 @@ def pair(model: nn.Module, images: Tensor) -> None:
     def reads(layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
         relu, y, version = made.get(id(args[0]), (None, None, None))
         if relu is not None and y._version == version:
-            readers.setdefault(relu, layer)
+            found.setdefault(relu, layer)
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [relu.register_forward_hook(ran) for relu in relus]
     hooks += [layer.register_forward_pre_hook(reads) for layer in layers]
-    with torch.random.fork_rng(devices=[]), evaluating(model):
+    with torch.random.fork_rng(devices=[]):
         try:
-            model.forward(images[:2])
+            with evaluating(model):
+                model.forward(images[:2])
         finally:
             for hook in hooks:
                 hook.remove()
-        readers = {relu: reader for relu, reader in readers.items() if runs[relu] == 1}
-        still = _proved(model, readers)
-        model.train()
-        moving = _proved(model, readers)
-    for buffer, before in buffers:  # a trace runs what a model does to its buffers in training
-        if not torch.equal(buffer, before):
-            buffer.copy_(before)
-    places = {m: (parent, name, m) for parent in model.modules() for name, m in parent._modules.items() if m is not None}
-    for relu, reader in readers.items():
+        modules = dict(model.named_modules())
+        names = {m: name for name, m in modules.items()}
+        readers = {names[relu]: names[reader] for relu, reader in found.items() if runs[relu] == 1}
+        # A trace runs what a model does to itself, so a copy is traced, which has the same parameters.
+        copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        still, moving = _proved(copied.eval(), readers), _proved(copied.train(), readers)
+    for name, reader in readers.items():
+        relu = modules[name]
         relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it
-        object.__setattr__(relu, "reader", reader)
-        relu.places = places[relu], places[reader]
-        relu.alone, relu.overwrites = relu in still.alone & moving.alone, relu.inplace and relu in still.fresh
-    for norm, (relu, added) in still.norms.items():
-        if moving.norms.get(norm) == (relu, added):
+        object.__setattr__(relu, "reader", modules[reader])
+        relu.alone, relu.overwrites = name in still.alone & moving.alone, relu.inplace and name in still.fresh
+    for name, (relu, added) in still.norms.items():
+        if moving.norms.get(name) == (relu, added):
+            norm = modules[name]
             norm.__class__ = QuantNorm if type(norm) is nn.BatchNorm2d else QuantNormAct
-            object.__setattr__(norm, "relu", relu)
-            norm.adds, norm.overwrites = added, norm in still.own & moving.own
+            object.__setattr__(norm, "relu", modules[relu])
+            norm.switch, norm.adds, norm.overwrites = switch, added, name in still.own & moving.own
+
+
+@contextmanager
+def one_operation(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Inside, BatchNorms whose results only a ReLU reads do its work, and that of the quantizer behind it.
+
+    For runs of a whole model, and not where somebody has a hook in it. Whether it is done depends on the model as it is now,
+    not on what was before: a resumed run has the same bits.
+
+    Args:
+        model: which `pair` gets, if it had not yet.
+        images: as for `pair`.
+    """
+    pair(model, images)
+    switch, parts = getattr(model, "_nulsq_paired", (None, []))
+    if switch is None or not _unseen(parts):
+        yield
+        return
+    switch.on = True
+    try:
+        yield
+    finally:
+        switch.on = False

@@ -17,7 +17,7 @@ from nulsq_cli import artifact, exporters, session
 from nulsq_cli.errors import InputError
 from nulsq_cli.layers import standing_still
 from nulsq_cli.models import create_float_model
-from nulsq_cli.rectified import pair
+from nulsq_cli.rectified import one_operation
 
 TORCH = "torch"
 
@@ -169,7 +169,7 @@ def _time(entries: list[Entry], batch: int, rounds: int) -> None:
     still = ExitStack()  # as in an evaluation: tables and quantized weights are computed once
     for entry in entries:
         if isinstance(entry.run, nn.Module):
-            pair(entry.run, images[entry.network])
+            still.enter_context(one_operation(entry.run, images[entry.network]))
             still.enter_context(standing_still(entry.run))
     runs = {number: (lambda _, e=entry: e.run(images[e.network])) for number, entry in enumerate(entries)}
     with still:

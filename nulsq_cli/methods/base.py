@@ -247,7 +247,7 @@ class Quantizer(nn.Module):
             if norm is None:
                 return relu_and_quantize(x, *operation, inplace=inplace)
             return norm_and_quantize(x, *operation, norm, shortcut, alone=alone)
-        if x.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (x.requires_grad or norm is not None):
             return None
         tables = self._tables_now(x)
         if norm is None:

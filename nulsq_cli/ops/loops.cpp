@@ -42,8 +42,10 @@ void nulsq_quantize(const float *x, float *relu, float *y, int64_t rows, int64_t
         typedef std::remove_pointer_t<decltype(kind)> Quantizer;
         const Quantizer one(levels, 0);  // making one takes a while
         blocks(rows, cols, threads, [&](int64_t row, int64_t first, int64_t n, int64_t) {
-            const Quantizer &quantize = row ? Quantizer(levels, row) : one;
-            quantize(block_of(x, relu, first, n), y + first, n, past);
+            const float *in = block_of(x, relu, first, n);
+            if (row) Quantizer(levels, row)(in, y + first, n, past);
+            else one(in, y + first, n, past);
+            if (past) written();
         });
     });
 }
@@ -61,6 +63,7 @@ void nulsq_quantize_backward(const float *g, const float *x, float *dx, int64_t 
             Gradient gradient = row ? Gradient(levels, row) : one;
             gradient(g + first, x + first, dx + first, n, behind.from(first));
             gradient.take(&sums[b * Gradient::SUMS]);
+            if (behind.past) written();
         });
         for (int64_t row = 0; row < rows; ++row)
             total_of<Gradient>(&sums[row * each * Gradient::SUMS], each, levels, row, to_table);

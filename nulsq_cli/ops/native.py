@@ -186,9 +186,11 @@ class Norm(NamedTuple):
 
     def takes(self, x: Tensor) -> bool:
         """Whether the loops do."""
-        if x.ndim != 4 or not all(t.dtype is torch.float32 and t.is_contiguous() for t in self[:4]):
+        if x.ndim != 4:
             return False
         channels = x.shape[1]
+        if not all(t.shape == (channels,) and t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu for t in self[:4]):
+            return False
         several = x.numel() > channels  # else torch complains
         return several and (x.is_contiguous() or (channels % 16 == 0 and channels <= 4096 and is_dense(x)))
 

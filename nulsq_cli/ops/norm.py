@@ -44,7 +44,7 @@ class _Normalized(torch.autograd.Function):
 def _backward_eager(grad: Tensor | None, others: Tensor | None, x: Tensor, y: Tensor | None, norm: Norm, table: Tensor,
                     kind: native.Kind) -> tuple[Tensor | None, ...]:  # fmt: skip
     recorded = torch.is_grad_enabled()
-    inputs = [t if recorded else t.detach().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    inputs = [t if recorded and t.requires_grad else t.detach().requires_grad_() for t in (x, norm.weight, norm.bias)]
     statistics = (None, None) if norm.batch else (norm.running_mean, norm.running_var)
     with torch.enable_grad():
         own = F.batch_norm(inputs[0], *statistics, *inputs[1:], norm.batch, eps=norm.eps)

@@ -40,6 +40,11 @@ static INLINE void put(float *p, vec v, bool past) {
 #endif
     store(p, v);
 }
+static INLINE void written() {  // after stores past the caches: others may read now
+#ifdef __AVX__
+    _mm_sfence();
+#endif
+}
 // Processors see by themselves that memory is read in order, but begin anew every 4096 bytes.
 static const int64_t AHEAD = 1024;
 static INLINE void fetch(const float *p) { __builtin_prefetch(p + AHEAD); }

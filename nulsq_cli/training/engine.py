@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nulsq_cli.calibrate import first_bad_layer
 from nulsq_cli.errors import DivergedError, Interrupted
 from nulsq_cli.layers import quantizers, weights_together
-from nulsq_cli.rectified import pair
+from nulsq_cli.rectified import one_operation
 from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, curvature, watch
 from nulsq_cli.training.optim import Pair
@@ -167,7 +167,6 @@ class Trainer(State):
         device = self.world.device
         images = images.to(device, non_blocking=True, memory_format=self.settings.memory_format)
         target = target.to(device, non_blocking=True)
-        pair(self.model, images)
         if self.mixup is not None:
             images, target = self.mixup(images, target)
         hold = contextlib.nullcontext()
@@ -176,7 +175,8 @@ class Trainer(State):
         with hold:
             with self._autocast():
                 # Several processes exchange each gradient as soon as it is there, so these should not all come at the end.
-                with weights_together(self.model) if self.world.size == 1 else contextlib.nullcontext():
+                together = weights_together(self.model) if self.world.size == 1 else contextlib.nullcontext()
+                with one_operation(self.model, images), together:
                     loss = self.task(images, target)["loss"]
                 for quantizer in self.quantizers:
                     if (penalty := quantizer.penalty()) is not None:

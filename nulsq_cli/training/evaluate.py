@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nulsq_cli.layers import evaluating, standing_still
-from nulsq_cli.rectified import pair
+from nulsq_cli.rectified import one_operation
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
 
@@ -37,8 +37,8 @@ def evaluate(
         for images, target in batches:
             images = images.to(world.device, non_blocking=True, memory_format=memory_format)
             target = target.to(world.device, non_blocking=True)
-            pair(model, images)
-            with torch.autocast(world.device.type, dtype=amp, enabled=amp is not None):
+            autocast = torch.autocast(world.device.type, dtype=amp, enabled=amp is not None)
+            with one_operation(model, images), autocast:
                 output = model(images)
             output = output.float()
             best = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]

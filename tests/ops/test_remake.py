@@ -15,7 +15,7 @@ from nulsq_cli import layers
 from nulsq_cli.convert import Policy, convert, make_plan
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import codebook, grid, remake
-from nulsq_cli.rectified import pair
+from nulsq_cli.rectified import one_operation, pair
 from nulsq_cli.values import Bits
 
 
@@ -98,7 +98,9 @@ def bytes_kept(model: nn.Module, x: torch.Tensor, monkeypatch) -> int:
 
     with monkeypatch.context() as patch, plain_hooks(note, lambda tensor: tensor):
         patch.setattr(torch.autograd.graph, "saved_tensors_hooks", noting)
-        model(x).sum().backward()
+        with one_operation(model, x) if hasattr(model, "_nulsq_paired") else contextlib.nullcontext():
+            y = model(x)
+        y.sum().backward()
     return sum(storages.values())
 
 
