@@ -192,7 +192,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Proved(NamedTuple):
-    """What is certain about the modules of a model, by name, in the mode that it was in."""
+    """What is certain about the modules of a model, by name, in one mode."""
 
     alone: set[str]
     """ReLUs of which only the reader reads the result."""
@@ -204,14 +204,17 @@ class _Proved(NamedTuple):
     """Those of them that read what a layer made for nobody else."""
 
 
-def _proved(model: nn.Module, readers: dict[str, str]) -> _Proved:
-    """By a symbolic trace, which fails where the way through a model depends on its data."""
+def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Proved:
+    """By a symbolic trace, which fails where the way through a model depends on its data.
+
+    It runs what a model does to itself, so a copy is traced, which has the same parameters.
+    """
     proved = _Proved(set(), set(), {}, set())
-    given = inspect.signature(model.forward).parameters.values()
-    optional = {p.name: p.default for p in given if p.default is not p.empty}
     try:
-        nodes = list(_Tracer().trace(model, optional).nodes)
-    except Exception:  # torch.fx runs the model's code on symbols: anything may fail
+        model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
+        given = inspect.signature(model.forward).parameters.values()
+        nodes = list(_Tracer().trace(model, {p.name: p.default for p in given if p.default is not p.empty}).nodes)
+    except Exception:  # copying and torch.fx run the model's own code, the latter on symbols: anything may fail
         return proved
     modules = dict(model.named_modules())
     called = {node: node.target for node in nodes if node.op == "call_module"}
@@ -315,9 +318,7 @@ def pair(model: nn.Module, images: Tensor) -> None:
         modules = dict(model.named_modules())
         names = {m: name for name, m in modules.items()}
         readers = {names[relu]: names[reader] for relu, reader in found.items() if runs[relu] == 1}
-        # A trace runs what a model does to itself, so a copy is traced, which has the same parameters.
-        copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-        still, moving = _proved(copied.eval(), readers), _proved(copied.train(), readers)
+        still, moving = _proved(model, readers, training=False), _proved(model, readers, training=True)
     for name, reader in readers.items():
         relu = modules[name]
         relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it

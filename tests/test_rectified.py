@@ -73,6 +73,13 @@ def pairs(model: nn.Module) -> dict[str, str]:
     return {names[m]: names[m.reader] for m in model.modules() if type(m) is QuantReLU}
 
 
+def paired_and_plain() -> tuple[nn.Module, nn.Module]:
+    """The same model twice."""
+    paired, plain = quantized(), quantized()
+    pair(paired, IMAGES)
+    return paired, plain
+
+
 def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """As the engine does, if the model is paired."""
     with one_operation(model, x) if hasattr(model, "_nulsq_paired") else nullcontext():
@@ -195,10 +202,8 @@ def test_hooks_see_what_they_would(watched, how):
 
 def test_hooks_of_all_modules_see_what_they_would():
     found = []
-    for paired in (True, False):
-        model, seen = quantized(), []
-        if paired:
-            pair(model, IMAGES)
+    for model in paired_and_plain():
+        seen: list[torch.Tensor] = []
         kinds = (nn.BatchNorm2d, nn.ReLU, nn.Conv2d)
         see = lambda m, _, y, seen=seen, kinds=kinds: seen.append(y.detach().clone()) if isinstance(m, kinds) else None  # noqa: E731
         hook = nn.modules.module.register_module_forward_hook(see)
@@ -284,6 +289,13 @@ def test_finding_them_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state) and type(model.norms[0]) is QuantNorm
 
 
+def test_a_model_that_cannot_be_copied_goes_on_without():
+    model = quantized()
+    model.kept = model.convs[0].weight * 2  # torch copies no tensor that has a history
+    pair(model, IMAGES)
+    assert type(model.acts[0]) is QuantReLU and not model.acts[0].alone and type(model.norms[0]) is nn.BatchNorm2d
+
+
 @pytest.mark.parametrize("momentum", [None, 0.3])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_batchnorms_of_all_kinds(momentum, frozen):
@@ -306,10 +318,7 @@ def test_batchnorms_of_all_kinds(momentum, frozen):
 def test_statistics_are_measured_by_quantized_inputs():
     """As when they are re-estimated: BatchNorm in training, all else in evaluation."""
     found = []
-    for paired in (True, False):
-        model = quantized()
-        if paired:
-            pair(model, IMAGES)
+    for model in paired_and_plain():
         model.eval()
         for norm in model.norms:
             norm.train().momentum = 1.0
@@ -435,10 +444,7 @@ def test_unusual_ways_through_a_model(how, training):
 
 def test_statistics_that_are_switched_off_stay():
     found = []
-    for paired in (True, False):
-        model = quantized()
-        if paired:
-            pair(model, IMAGES)
+    for model in paired_and_plain():
         for norm in model.norms:
             norm.track_running_stats = False
         found.append([run(model, IMAGES), *model.buffers()])

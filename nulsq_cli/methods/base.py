@@ -236,7 +236,8 @@ class Quantizer(nn.Module):
             shortcut: what is added to what that hands on.
 
         Returns:
-            Both, with the bits and the gradients of one after the other; None, and nothing is done, where that has no fast way.
+            Both, with the bits and gradients of one after the other, with `norm` to the rounding of sums; None, and nothing is
+            done, where that has no fast way.
         """
         if self.hooked:
             return None
