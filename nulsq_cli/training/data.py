@@ -10,6 +10,7 @@ import copy
 import functools
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -132,10 +133,15 @@ class Loader(DataLoader):
             self.skip = start // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in islice(super().__iter__(), self.skip, None):
-            if isinstance(batch, Failure):
-                raise batch.error
-            yield batch
+        try:
+            for batch in islice(super().__iter__(), self.skip, None):
+                if isinstance(batch, Failure):
+                    raise batch.error
+                yield batch
+        except (EOFError, OSError):
+            if self.num_workers:  # one that dies closes its connections first; torch says a moment later that it died
+                time.sleep(1)
+            raise
 
 
 def train_loader(

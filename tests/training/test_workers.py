@@ -2,9 +2,11 @@ import mmap
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from nulsq_cli import cli
 from nulsq_cli.training import data
@@ -53,21 +55,31 @@ def test_the_byte_is_written_when_the_process_ends():
     assert ending_byte(os.getpid())[0] == 0
 
 
-class Deadly(torch.utils.data.Dataset):
-    """The loader process that is given the third image dies of it."""
+class Deadly(Dataset):
+    """The loader process that is given the third image dies of it; it may be late to be seen dead."""
+
+    def __init__(self, late):
+        self.late = late
 
     def __len__(self):
         return 8
 
     def __getitem__(self, index):
         if index == 2:
+            if self.late:  # as the kernel ends a process that has much to give back: connections are closed first
+                time.sleep(0.5)
+                os.closerange(3, 1024)
+                time.sleep(1.0)
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(1), 0
 
 
-def test_a_loader_that_dies_is_a_sentence_and_exit_code_3(capsys):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_loader_that_dies_is_a_sentence_and_exit_code_3(late, monkeypatch, capsys):
+    if late:  # read the first image when its process can no longer hand it over
+        monkeypatch.setattr(DataLoader, "_get_iterator", lambda self, real=DataLoader._get_iterator: (real(self), time.sleep(1))[0])
     with pytest.raises(RuntimeError) as error:
-        list(data.eval_loader(Deadly(), lambda image: image, batch_size=1, workers=2))
+        list(data.eval_loader(Deadly(late), lambda image: image, batch_size=1, workers=2))
     assert cli._end(error.value) == 3
     said = capsys.readouterr().err
     assert said.startswith("error: the images cannot be read any more: DataLoader worker") and said.count("\n") == 2
