@@ -77,7 +77,8 @@ class Deadly(Dataset):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_loader_that_dies_is_a_sentence_and_exit_code_3(late, monkeypatch, capsys):
     if late:  # read the first image when its process can no longer hand it over
-        monkeypatch.setattr(DataLoader, "_get_iterator", lambda self, real=DataLoader._get_iterator: (real(self), time.sleep(1))[0])
+        start = DataLoader._get_iterator
+        monkeypatch.setattr(DataLoader, "_get_iterator", lambda self: (start(self), time.sleep(1))[0])
     with pytest.raises(RuntimeError) as error:
         list(data.eval_loader(Deadly(late), lambda image: image, batch_size=1, workers=2))
     assert cli._end(error.value) == 3
