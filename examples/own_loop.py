@@ -4,7 +4,8 @@ import timm
 import torch
 
 from nulsq_cli import quantize
-from nulsq_cli.layers import quantizers
+from nulsq_cli.layers import quantizers, weights_together
+from nulsq_cli.rectified import one_operation
 
 torch.manual_seed(0)
 model = timm.create_model("resnet18", num_classes=10)
@@ -14,7 +15,9 @@ quantize(model, [images], bits="3/3", method="nulsq-wa")
 model.train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(3):
-    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    with one_operation(model, images), weights_together(model):  # the same without, but slower
+        outputs = model(images)
+    loss = torch.nn.functional.cross_entropy(outputs, labels)
     loss = loss + sum(p for q in quantizers(model).values() if (p := q.penalty()) is not None)
     optimizer.zero_grad()
     loss.backward()

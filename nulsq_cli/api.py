@@ -22,8 +22,8 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
 
     Afterwards train it with any loop: steps are ordinary parameters. Of every
     `nulsq_cli.layers.quantizers(model)`, add `penalty()` to the loss where it is not None (`pact` and `llsq`
-    have one), and call `after_step()` after each update; it keeps the steps positive. Small networks train sooner
-    with their forward pass inside `nulsq_cli.layers.weights_together(model)`.
+    have one), and call `after_step()` after each update; it keeps the steps positive. It trains sooner with its forward
+    pass inside `nulsq_cli.layers.weights_together(model)` and `nulsq_cli.rectified.one_operation(model, images)`.
 
     Args:
         model: any model of `nn.Conv2d` and `nn.Linear` layers.

@@ -9,12 +9,12 @@ import torch
 from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from timm.layers.conv2d_same import conv2d_same
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.ops import codebook
-from nulsq_cli.ops.remake import instead_of_keeping
+from nulsq_cli.ops.remake import checkpointed, instead_of_keeping
 from nulsq_cli.ops.together import fits, quantize_together
 from nulsq_cli.values import Codebook
 
@@ -46,6 +46,8 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on its quantized input and weight."""
+        if isinstance(x, fx.Proxy):
+            return in_trace(self, x)
         x, weight = self.quantized_input(x), self.quantized_weight()
         if not torch.is_grad_enabled():
             return self.compute(x, weight)
@@ -57,7 +59,7 @@ class QuantLayer(nn.Module):
         if not torch.compiler.is_compiling():
             if self._still is not None:
                 return self._still
-            if (ready := self.__dict__.pop("_ready", None)) is not None:
+            if (ready := self.__dict__.pop("_ready", None)) is not None and not checkpointed():
                 return ready
         quantizer = self.weight_quantizer
         if quantizer is None:
@@ -132,9 +134,14 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
+def in_trace(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
+    """What a symbolic trace writes down for a module of ours: like one of torch's own it is called as a whole."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
 def prepare(x: Tensor, quantized: Tensor, reader: QuantLayer) -> Tensor:
     """x, with a note for the layer that will read it: that its quantizer has already made this of it."""
-    x._nulsq_ready = reader, quantized, x._version  # type: ignore[attr-defined]
+    x._nulsq_ready = reader, quantized, _version(x)  # type: ignore[attr-defined]
     return x
 
 
@@ -144,7 +151,11 @@ def _taken(x: Tensor, reader: QuantLayer) -> Tensor | None:
     if ready is None or ready[0] is not reader:
         return None
     del x._nulsq_ready  # type: ignore[attr-defined]
-    return ready[1] if ready[2] == x._version else None
+    return ready[1] if ready[2] == _version(x) and not checkpointed() else None
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 @contextmanager
@@ -155,7 +166,8 @@ def weights_together(model: nn.Module) -> Iterator[None]:
     operations, frozen weights, somebody watching a quantizer, a compiled model) keeps it.
     """
     layers, wanted = [], []
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and getattr(model, "_compiled_call_impl", None) is None:
+    plain = torch.compiler.is_compiling() or getattr(model, "_compiled_call_impl", None) is not None or checkpointed()
+    if torch.is_grad_enabled() and not plain:
         for layer in quant_layers(model).values():
             quantizer = layer.weight_quantizer
             if quantizer is None or layer.weight_freezer is not None or not quantizer.training or quantizer.hooked:

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from nulsq_cli.layers import QuantLayer, evaluating, prepare, quant_layers
+from nulsq_cli.layers import QuantLayer, evaluating, in_trace, prepare, quant_layers
 from nulsq_cli.ops.native import Norm
+from nulsq_cli.ops.remake import checkpointed
 
 
 class QuantReLU(nn.ReLU):
@@ -39,14 +40,23 @@ class QuantReLU(nn.ReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) to the same shape."""
+        if isinstance(x, fx.Proxy):
+            return in_trace(self, x)  # type: ignore[return-value]
         quantizer = None if torch.compiler.is_compiling() else self.reader.input_quantizer
-        if quantizer is None:
+        if quantizer is None or checkpointed():
             return super().forward(x)
         if x.__dict__.pop("_nulsq_rectified", None) is self:  # by the BatchNorm before it
             return x
-        watched = self._forward_hooks or self.reader._forward_pre_hooks or self.reader._forward_hooks
-        both = quantizer.behind_relu(x, self.inplace, self.alone and self.overwrites and not watched)
+        alone = self.alone and not (self._forward_hooks or self.reader._forward_pre_hooks or self.reader._forward_hooks)
+        if not alone and _unversioned(x):
+            return super().forward(x)
+        both = quantizer.behind_relu(x, self.inplace, alone and self.overwrites)
         return super().forward(x) if both is None else prepare(*both, self.reader)
+
+
+def _unversioned(x: Tensor) -> bool:
+    """Whether nobody would see that what is made from x is changed in place."""
+    return torch.is_inference_mode_enabled() or x.is_inference()
 
 
 class _Switch:
@@ -97,18 +107,25 @@ class _BehindNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        if torch.compiler.is_compiling() or not self.switch.on:
+        if isinstance(x, fx.Proxy):
+            return in_trace(self, x)  # type: ignore[return-value]
+        if torch.compiler.is_compiling() or not self.switch.on or checkpointed():
             return self.plain(x)
-        if self.relu.reader.input_quantizer is None or not self.track_running_stats:
+        quantizer = self.relu.reader.input_quantizer
+        if quantizer is None or not self.track_running_stats:
             return self.plain(x)
-        if self.adds:  # without gradients the sum may be in another place than this, where there are some
-            return self.plain(x) if self.training and not torch.is_grad_enabled() else _Unfinished(self, x)  # type: ignore[return-value]
+        if not torch.is_grad_enabled() and (self.training or quantizer.training):
+            return self.plain(x)  # checkpointing may run this once more, with gradients, and without what comes next
+        if self.adds:
+            return _Unfinished(self, x)  # type: ignore[return-value]
         y = self.with_relu(x)
         return self.plain(x) if y is None else y
 
     def with_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
         """What the ReLU makes of it or, where nobody would notice, that quantized; None, and nothing is done, if no loop can."""
         relu = self.relu
+        if not relu.alone and _unversioned(x):
+            return None
         share = 1 / (1 + int(self.num_batches_tracked)) if self.momentum is None else self.momentum
         norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, share, self.eps, self.training)
         both = relu.reader.input_quantizer.behind_relu(x, self.overwrites, relu.alone, norm, shortcut)
@@ -182,7 +199,12 @@ for _name in ("sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem"):
 
 
 class _Tracer(fx.Tracer):
-    """Goes into what holds a layer, a BatchNorm or a ReLU, and through what does nothing."""
+    """Goes into what holds a layer, a BatchNorm or a ReLU, and through what does nothing; not into what is run twice."""
+
+    def create_proxy(self, *what: Any, **more: Any) -> fx.Proxy:
+        if checkpointed():
+            raise NotImplementedError("gradient checkpointing")
+        return super().create_proxy(*what, **more)
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         if type(m) is nn.Identity:

@@ -44,9 +44,10 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def quantized(method: str = "nulsq-wa", bits: int = 2, *, grid: str = "float", **options: object) -> nn.Module:
+def quantized(method: str = "nulsq-wa", bits: int = 2, *, of: type[nn.Module] = Net, grid: str = "float",
+              **options: object) -> nn.Module:  # fmt: skip
     torch.manual_seed(0)
-    model = Net()
+    model = of()
     policy = Policy(Bits(bits, bits), method, grid=grid, options=options)
     convert(model, make_plan(model, policy, (3, 6, 6)))
     return started(model)

@@ -20,6 +20,9 @@ codes of b bits; what a formula does before or after rounding is folded into the
 y; b the bits; N, in `grad_scale`, the weights that share a table, or the features of one sample; "unsigned" inputs are
 those without negatives, as after ReLU. How to add one: [add-a-method.md](add-a-method.md).
 
+Gradients are those of training mode. In evaluation mode tables are looked up, quantizers learn nothing, and what flows back
+to x passes unchanged between the outermost levels and not beyond.
+
 With `--grid int8` (`quant.grid`) every level is a scale times an integer of 8 bits, in training as in evaluation: what
 runtimes for int8 compute exactly. The scale keeps the proportion to the largest level that left the least error when the
 steps started; levels go to the nearest integer, gradients to them straight through; thresholds are the midpoints where the

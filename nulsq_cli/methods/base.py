@@ -194,9 +194,13 @@ class Quantizer(nn.Module):
         """Take what was measured at `rounded`: the mean curvature over the standard deviation of the gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize x: in float32 also under autocast, returned in x's own dtype."""
+        """Quantize x: in float32 also under autocast, returned in x's own dtype.
+
+        In training mode with the method's gradients. In evaluation mode the tables are looked up, nothing is learned, and the
+        gradient to x is 1 between the outermost levels and 0 beyond.
+        """
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):  # entering a context costs as much as a small weight's quantizing
+        if x.is_meta or not torch.is_autocast_enabled(kind):  # entering a context costs as much as a small weight's quantizing
             return self._quantized(x)
         with torch.autocast(kind, enabled=False):
             return self._quantized(x)
@@ -206,9 +210,13 @@ class Quantizer(nn.Module):
 
     def _by_tables(self, x: Tensor) -> Tensor:
         table, thresholds, negative = self._tables_now(x)
-        if thresholds is None:
-            return codebook.nearest(x, table, negative)
-        return codebook.lookup(x, table, thresholds)
+        exact = x.detach()
+        y = codebook.nearest(exact, table, negative) if thresholds is None else codebook.lookup(exact, table, thresholds)
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing():  # which could not be saved with it
+            return y
+        places = self.targets(exact).detach()
+        low, high = (places[..., end].reshape(-1, *[1] * (x.ndim - 1)) for end in (0, -1))
+        return straight_through(y, torch.where((exact >= low) & (exact <= high), x, exact))
 
     def _tables_now(self, x: Tensor) -> Tables:
         return self.tables(x) if self.kept is None or torch.compiler.is_compiling() else self.kept
@@ -239,7 +247,7 @@ class Quantizer(nn.Module):
             Both, with the bits and gradients of one after the other, with `norm` to the rounding of sums; None, and nothing is
             done, where that has no fast way.
         """
-        if self.hooked:
+        if self.hooked or fast.recorded():
             return None
         if self.training:
             operation = self.operation(x)

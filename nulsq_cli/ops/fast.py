@@ -47,7 +47,13 @@ def _keep_freed_memory() -> None:
 
 
 def _plain(x: Tensor) -> bool:
-    return _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.numel() > 0
+    return _wanted and type(x) in _PLAIN and x.dtype is torch.float32 and x.numel() > 0 and not recorded()
+
+
+def recorded() -> bool:
+    """Whether operations are written down or transformed as they run: loops would not be seen, or find no memory behind x."""
+    return (torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None)  # fmt: skip
 
 
 def readable(x: Tensor) -> bool:

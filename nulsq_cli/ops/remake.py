@@ -17,6 +17,15 @@ WORTH_MAKING_TWICE = 1 << 16
 """Entries from which on keeping a tensor costs more than making it again: the weights of small networks have fewer."""
 
 
+def checkpointed() -> bool:
+    """Whether torch keeps nothing of what runs now and will run it again in the backward pass, or does so.
+
+    Both times the same things have to be kept, in the same order, whatever ran before, and all of them by torch.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch._C._current_graph_task_id() != -1 or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
+
+
 class _Way:
     """How a tensor was made: a function without a gradient, and what it was called with."""
 
@@ -56,10 +65,10 @@ def read_by_one_layer(ctx: Any, output: int = 0) -> bool:
 def instead_of_keeping(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
     """What is computed inside from these tensors, or from views of them, makes them again in its backward pass.
 
-    Those without a note from `made_by` are kept as usual. Compilers decide themselves what to make twice. What makes them
-    is told that a layer reads them, for `read_by_one_layer`: its backward pass has to write a new tensor.
+    Those without a note from `made_by` are kept as usual. Compilers and gradient checkpointing decide themselves what to make
+    twice. What makes them is told that a layer reads them, for `read_by_one_layer`: its backward pass has to write a new tensor.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or checkpointed():
         return contextlib.nullcontext()
     noted = [t for t in tensors if hasattr(t, "_nulsq_way")]
     if not noted:

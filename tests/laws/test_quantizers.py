@@ -194,3 +194,16 @@ def test_the_codebook_reproduces_evaluation_exactly(method):
     quantizer, x = started(method, spec).eval(), data(spec, 7)
     tables = quantizer.codebook(x)
     assert torch.equal(quantizer(x), codebook.decode(codebook.encode(x, tables.thresholds), tables.levels))
+
+
+@pytest.mark.parametrize(("method", "spec"), CASES)
+def test_in_evaluation_the_gradient_passes_between_the_outermost_levels(method, spec):
+    quantizer = started(method, spec).eval()
+    x = data(spec).requires_grad_()
+    y = quantizer(x)
+    with torch.no_grad():
+        assert torch.equal(y, quantizer(x))
+    y.sum().backward()
+    ends = quantizer.targets(x).detach().view(spec.channels, -1)[:, [0, -1]]
+    assert torch.equal(x.grad, ((x >= ends[:, :1]) & (x <= ends[:, 1:])).float()) and x.grad.any()
+    assert all(p.grad is None for p in quantizer.parameters())
