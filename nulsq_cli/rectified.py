@@ -21,11 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from nulsq_cli.layers import QuantLayer, evaluating, in_trace, prepare, quant_layers
-from nulsq_cli.ops.native import Norm
+from nulsq_cli.ops.native import NO_TOP, Norm
 from nulsq_cli.ops.remake import checkpointed
 
 
-class QuantReLU(nn.ReLU):
+class QuantAct(nn.Module):
     """A ReLU that knows a layer which reads its result. What comes out is the same, and so are all gradients.
 
     Of those that reach the result the layer's is added last; where there are more than two, that may be another order
@@ -37,6 +37,8 @@ class QuantReLU(nn.ReLU):
     """Whether nobody else reads the result."""
     overwrites: bool
     """Whether it works in place, and nobody else reads what it is made from."""
+    top: float
+    """The largest result, if there is one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) to the same shape."""
@@ -50,8 +52,20 @@ class QuantReLU(nn.ReLU):
         alone = self.alone and not (self._forward_hooks or self.reader._forward_pre_hooks or self.reader._forward_hooks)
         if not alone and _unversioned(x):
             return super().forward(x)
-        both = quantizer.behind_relu(x, self.inplace, alone and self.overwrites)
+        both = quantizer.behind_relu(x, self.inplace, alone and self.overwrites, top=self.top)
         return super().forward(x) if both is None else prepare(*both, self.reader)
+
+
+class QuantReLU(QuantAct, nn.ReLU):
+    """Of `nn.ReLU`."""
+
+    top = NO_TOP
+
+
+class QuantReLU6(QuantAct, nn.ReLU6):
+    """Of `nn.ReLU6`."""
+
+    top = 6.0
 
 
 def _unversioned(x: Tensor) -> bool:
@@ -94,7 +108,7 @@ def _unseen(parts: _Parts) -> bool:
 
 
 class _BehindNorm(nn.BatchNorm2d):
-    relu: QuantReLU
+    relu: QuantAct
     switch: _Switch
     overwrites: bool
     """Whether a layer made what this one reads, and nobody else reads it."""
@@ -127,7 +141,7 @@ class _BehindNorm(nn.BatchNorm2d):
         if not relu.alone and _unversioned(x):
             return None
         share = 1 / (1 + int(self.num_batches_tracked)) if self.momentum is None else self.momentum
-        norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, share, self.eps, self.training)
+        norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, share, self.eps, self.training, relu.top)
         both = relu.reader.input_quantizer.behind_relu(x, self.overwrites, relu.alone, norm, shortcut)
         if both is None:
             return None
@@ -160,7 +174,9 @@ class QuantNormAct(_BehindNorm, BatchNormAct2d):
         return y if y is None or self.act is not self.relu else self.act(y)
 
 
-_PLAIN = {QuantReLU: nn.ReLU, QuantNorm: nn.BatchNorm2d, QuantNormAct: BatchNormAct2d}
+_ACTS: dict[type[nn.Module], type[QuantAct]] = {nn.ReLU: QuantReLU, nn.ReLU6: QuantReLU6}
+_NORMS: dict[type[nn.Module], type[_BehindNorm]] = {nn.BatchNorm2d: QuantNorm, BatchNormAct2d: QuantNormAct}
+_PLAIN = {ours: plain for plain, ours in (_ACTS | _NORMS).items()}
 
 
 class _Unfinished:
@@ -210,7 +226,7 @@ class _Tracer(fx.Tracer):
         if type(m) is nn.Identity:
             return False
         whole = isinstance(m, (QuantLayer, _BatchNorm)) or super().is_leaf_module(m, name)
-        return whole or not any(isinstance(part, (QuantLayer, _BatchNorm, nn.ReLU)) for part in m.modules())
+        return whole or not any(isinstance(part, (QuantLayer, _BatchNorm, *_ACTS)) for part in m.modules())
 
 
 class _Proved(NamedTuple):
@@ -250,7 +266,7 @@ def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Pr
 
     def prove(name: str | None, node: fx.Node, relu: str, added: bool) -> None:
         norm = modules.get(name)
-        if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or not (norm.affine and norm.track_running_stats):
+        if type(norm) not in _NORMS or not (norm.affine and norm.track_running_stats):
             return
         if times[name] > 1:
             return
@@ -312,14 +328,14 @@ def pair(model: nn.Module, images: Tensor) -> None:
             m.__class__ = _PLAIN[type(m)]
     switch = _Switch()
     model._nulsq_paired = switch, _parts(model)
-    relus = [m for m in model.modules() if type(m) is nn.ReLU]
+    relus = [m for m in model.modules() if type(m) in _ACTS]
     if not relus:
         return
-    runs: Counter[nn.ReLU] = Counter()
-    made: dict[int, tuple[nn.ReLU, Tensor, int]] = {}  # by identity of the tensor, which is kept so that no other gets it
-    found: dict[nn.ReLU, QuantLayer] = {}
+    runs: Counter[nn.Module] = Counter()
+    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # by identity of the tensor, which is kept so that no other gets it
+    found: dict[nn.Module, QuantLayer] = {}
 
-    def ran(relu: nn.ReLU, _: tuple[Tensor], y: Tensor) -> None:
+    def ran(relu: nn.Module, _: tuple[Tensor], y: Tensor) -> None:
         runs[relu] += 1
         made[id(y)] = relu, y, y._version
 
@@ -343,13 +359,13 @@ def pair(model: nn.Module, images: Tensor) -> None:
         still, moving = _proved(model, readers, training=False), _proved(model, readers, training=True)
     for name, reader in readers.items():
         relu = modules[name]
-        relu.__class__ = QuantReLU  # in place: whoever holds the module, or has a hook on it, keeps it
+        relu.__class__ = _ACTS[type(relu)]  # in place: whoever holds the module, or has a hook on it, keeps it
         object.__setattr__(relu, "reader", modules[reader])
         relu.alone, relu.overwrites = name in still.alone & moving.alone, relu.inplace and name in still.fresh
     for name, (relu, added) in still.norms.items():
         if moving.norms.get(name) == (relu, added):
             norm = modules[name]
-            norm.__class__ = QuantNorm if type(norm) is nn.BatchNorm2d else QuantNormAct
+            norm.__class__ = _NORMS[type(norm)]
             object.__setattr__(norm, "relu", modules[relu])
             norm.switch, norm.adds, norm.overwrites = switch, added, name in still.own & moving.own
 

@@ -17,8 +17,10 @@ from nulsq_cli.methods.lsq import LSQ
 from nulsq_cli.methods.nulsq import NuLSQ
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import fast, relu
-from nulsq_cli.rectified import QuantNorm, QuantNormAct, QuantReLU, one_operation, pair
+from nulsq_cli.ops.native import NO_TOP
+from nulsq_cli.rectified import QuantAct, QuantNorm, QuantNormAct, QuantReLU, one_operation, pair
 from nulsq_cli.values import Bits, QuantSpec
+from tests.ops.test_norm import rectified
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -26,12 +28,14 @@ pytestmark = pytest.mark.usefixtures("loops")
 class Net(nn.Module):
     """Every way to read a ReLU: alone, with a shortcut, by two layers and a shortcut, not in place, twice, by nobody."""
 
+    act = nn.ReLU
+
     def __init__(self) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(3 if k == 0 else 16, 16, 3, padding=1, bias=False) for k in range(9))
         self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(6))
-        self.acts = nn.ModuleList(nn.ReLU(inplace=k != 3) for k in range(5))
-        self.twice, self.head = nn.ReLU(inplace=True), nn.Linear(16, 5)
+        self.acts = nn.ModuleList(self.act(inplace=k != 3) for k in range(5))
+        self.twice, self.head = self.act(inplace=True), nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.acts[0](self.norms[0](self.convs[0](x)))  # alone
@@ -42,6 +46,10 @@ class Net(nn.Module):
         x = self.twice(self.norms[5](self.convs[6](x)))
         x = self.convs[8](self.acts[4](self.convs[7](x)))  # without a BatchNorm
         return self.head(x.mean((2, 3)))
+
+
+class Net6(Net):
+    act = nn.ReLU6
 
 
 def quantized(method: str = "nulsq-wa", bits: int = 2, *, of: type[nn.Module] = Net, grid: str = "float",
@@ -71,7 +79,7 @@ IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 def pairs(model: nn.Module) -> dict[str, str]:
     names = {m: n for n, m in model.named_modules()}
-    return {names[m]: names[m.reader] for m in model.modules() if type(m) is QuantReLU}
+    return {names[m]: names[m.reader] for m in model.modules() if isinstance(m, QuantAct)}
 
 
 def paired_and_plain() -> tuple[nn.Module, nn.Module]:
@@ -114,7 +122,7 @@ def same(paired: nn.Module, plain: nn.Module, images: torch.Tensor, *, bits: boo
 @pytest.mark.parametrize(("method", "bits", "more"), [
     ("nulsq-wa", 2, {}), ("nulsq-wa", 4, {}), ("nulsq-wa", 5, {}), ("nulsq-wa", 3, {"grid": "int8"}), ("nulsq-a", 3, {}),
     ("nulsq-wa", 3, {"grad_scale": "lsq"}), ("lsq", 2, {}), ("lsq", 8, {}), ("lsq", 3, {"grad_scale": "lsq"}),
-    ("uniq", 3, {}), ("llsq", 3, {}), ("pact", 3, {}),
+    ("uniq", 3, {}), ("llsq", 3, {}), ("pact", 3, {}), ("nulsq-wa", 4, {"of": Net6}), ("lsq", 2, {"of": Net6}),
 ])  # fmt: skip
 def test_everything_is_that_of_one_after_the_other(method, bits, more, layout):
     plain = quantized(method, bits, **more).to(memory_format=layout)
@@ -503,8 +511,9 @@ def test_what_was_not_trained_asks_for_no_gradient():
     assert not y.requires_grad and not quantized.requires_grad
 
 
+@pytest.mark.parametrize("top", [NO_TOP, 1.0])
 @pytest.mark.parametrize("kind", [None, 0, (0, 3)])
-def test_a_derivative_of_the_derivative(kind):
+def test_a_derivative_of_the_derivative(kind, top):
     x = torch.randn(60, generator=torch.Generator().manual_seed(2), requires_grad=True)
     table = {None: [0.0, 0.4, 0.9, 1.5], 0: [[0.4, 0.5, 0.6]], (0, 3): [0.4]}[kind]
     table = torch.tensor(table, requires_grad=True)
@@ -512,9 +521,9 @@ def test_a_derivative_of_the_derivative(kind):
     for way in (True, False):
         fast.use(way)
         if way:
-            both = relu.relu_and_quantize(x, table, kind)
+            both = relu.relu_and_quantize(x, table, kind, top=top)
         else:
-            y = x.relu()
+            y = rectified(x, top)
             ops = {None: relu.codebook.quantize_to_levels, 0: relu.codebook.quantize_by_gaps, (0, 3): relu.grid.quantize_to_grid}
             more = () if kind is None else kind if isinstance(kind, tuple) else (kind,)
             both = y, ops[kind](y, table, *more)
@@ -559,6 +568,7 @@ def test_a_real_network():
 
 @pytest.mark.parametrize(("name", "paired", "alone", "norms", "adds"), [
     ("resnet18", 15, 8, 15, 7), ("regnetx_002", 39, 26, 39, 12), ("mnasnet_050", 34, 34, 34, 0), ("repvgg_a0", 21, 0, 4, 4),
+    ("mobilenetv2_050", 34, 34, 34, 0),
 ])  # fmt: skip
 def test_in_timm_networks_everything_is_that_of_one_after_the_other(name, paired, alone, norms, adds):
     torch.manual_seed(0)
@@ -567,7 +577,7 @@ def test_in_timm_networks_everything_is_that_of_one_after_the_other(name, paired
     started(plain)
     fused, images = copy.deepcopy(plain), torch.randn(2, 3, 64, 64)
     pair(fused, images)
-    relus = [m for m in fused.modules() if type(m) is QuantReLU]
+    relus = [m for m in fused.modules() if isinstance(m, QuantAct)]
     made = [m for m in fused.modules() if isinstance(m, (QuantNorm, QuantNormAct))]
     assert (len(relus), sum(m.alone for m in relus), len(made), sum(m.adds for m in made)) == (paired, alone, norms, adds)
     same(fused, plain, images)

@@ -233,7 +233,7 @@ class Quantizer(nn.Module):
         return None
 
     def behind_relu(self, x: Tensor, inplace: bool, alone: bool = False, norm: native.Norm | None = None,
-                    shortcut: Tensor | None = None) -> Both | None:  # fmt: skip
+                    shortcut: Tensor | None = None, top: float = native.NO_TOP) -> Both | None:  # fmt: skip
         """What a ReLU makes of x, and what this quantizer makes of that, in one pass.
 
         Args:
@@ -242,6 +242,7 @@ class Quantizer(nn.Module):
             alone: nobody else reads that result: it may be the quantized one, without `norm` while the model stands still.
             norm: a BatchNorm that comes first.
             shortcut: what is added to what that hands on.
+            top: the largest result of the ReLU; with `norm` that knows it.
 
         Returns:
             Both, with the bits and gradients of one after the other, with `norm` to the rounding of sums; None, and nothing is
@@ -254,13 +255,13 @@ class Quantizer(nn.Module):
             if operation is None:
                 return None
             if norm is None:
-                return relu_and_quantize(x, *operation, inplace=inplace)
+                return relu_and_quantize(x, *operation, top=top, inplace=inplace)
             return norm_and_quantize(x, *operation, norm, shortcut, alone=alone)
         if torch.is_grad_enabled() and (x.requires_grad or norm is not None):
             return None
         tables = self._tables_now(x)
         if norm is None:
-            return relu_and_lookup(x, *tables, inplace=inplace, alone=alone and self.kept is not None)
+            return relu_and_lookup(x, *tables, top=top, inplace=inplace, alone=alone and self.kept is not None)
         return norm_and_lookup(x, *tables, norm, shortcut, inplace=inplace, alone=alone)
 
     @property

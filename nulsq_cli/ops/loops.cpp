@@ -16,9 +16,9 @@ template <class Body> static void blocks(int64_t rows, int64_t cols, int threads
 }
 
 // What a block reads: x itself or, where x has to go through a ReLU first, that of the block, written to `relu` (which may be x).
-static inline const float *block_of(const float *x, float *relu, int64_t first, int64_t n) {
+static inline const float *block_of(const float *x, float *relu, float top, int64_t first, int64_t n) {
     if (!relu) return x + first;
-    over<1>(x + first, relu + first, n, false, [](const vec *v, vec *out) { *out = positive(*v); });
+    over<1>(x + first, relu + first, n, false, [end = all(top)](const vec *v, vec *out) { *out = rectified(*v, end); });
     return relu + first;
 }
 
@@ -35,14 +35,14 @@ static bool past_caches(const float *to, const float *from, int64_t rows, int64_
 
 extern "C" {
 
-void nulsq_quantize(const float *x, float *relu, float *y, int64_t rows, int64_t cols, Rule rule, int threads) {
+void nulsq_quantize(const float *x, float *relu, float top, float *y, int64_t rows, int64_t cols, Rule rule, int threads) {
     const Levels levels(rule, rows);
     const bool past = !relu && past_caches(y, x, rows, cols);
     with_quantizer(rule, [&](auto *kind) {
         typedef std::remove_pointer_t<decltype(kind)> Quantizer;
         const Quantizer one(levels, 0);  // making one takes a while
         blocks(rows, cols, threads, [&](int64_t row, int64_t first, int64_t n, int64_t) {
-            const float *in = block_of(x, relu, first, n);
+            const float *in = block_of(x, relu, top, first, n);
             if (row) Quantizer(levels, row)(in, y + first, n, past);
             else one(in, y + first, n, past);
             if (past) written();
@@ -51,9 +51,9 @@ void nulsq_quantize(const float *x, float *relu, float *y, int64_t rows, int64_t
 }
 
 void nulsq_quantize_backward(const float *g, const float *x, float *dx, int64_t rows, int64_t cols, Rule rule, float *to_table, int behind_relu,
-                             const float *others, int threads) {
+                             float top, const float *others, int threads) {
     const Levels levels(rule, rows);
-    const Behind behind{behind_relu != 0, others, past_caches(dx, g, rows, cols)};
+    const Behind behind{behind_relu != 0, top, others, past_caches(dx, g, rows, cols)};
     const int64_t each = (cols + BLOCK - 1) / BLOCK;
     with_gradient(rule, [&](auto *kind) {
         typedef std::remove_pointer_t<decltype(kind)> Gradient;

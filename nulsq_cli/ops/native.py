@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -28,6 +29,8 @@ Kind = int | tuple[int, int] | None
 """What a table holds: levels (None), the gaps between them (how many lie below zero), or the step of a grid (its end codes)."""
 
 LARGEST_TABLE, LARGEST_TRAINED_TABLE = 256, 16
+NO_TOP = math.nan
+"""Of a ReLU that ends nowhere: nothing lies above what is not a number."""
 WORTH_THREADS = 1 << 15
 """Entries from which on more than one thread pays. The result does not depend on it."""
 
@@ -45,8 +48,8 @@ def library() -> ctypes.CDLL | None:
         return None
     data, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     takes = {
-        "quantize": [data, data, data, size, size, _Rule, number],
-        "quantize_backward": [data, data, data, size, size, _Rule, data, number, data, number],
+        "quantize": [data, data, real, data, size, size, _Rule, number],
+        "quantize_backward": [data, data, data, size, size, _Rule, data, number, real, data, number],
         "norm": [data, data, data, data, _Shape, _Norm, number, _Rule, number],
         "norm_backward": [data, data, data, data, data, data, _Shape, _Norm, number, _Rule, data, data, data, number],
         "around": [data, data, number, number, number],
@@ -78,7 +81,7 @@ class _Norm(ctypes.Structure):
     """A BatchNorm, as in norm.cpp."""
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var", "facts")),
-                ("share", ctypes.c_double), ("eps", ctypes.c_double)]  # fmt: skip
+                ("share", ctypes.c_double), ("eps", ctypes.c_double), ("top", ctypes.c_float)]  # fmt: skip
 
 
 def _cached() -> Path:
@@ -118,7 +121,7 @@ def _build(target: Path) -> None:
 
 
 def quantize(x: Tensor, table: Tensor, kind: Kind, thresholds: Tensor | None = None, *, relu: Tensor | None = None,
-             into: Tensor | None = None) -> Tensor:  # fmt: skip
+             top: float = NO_TOP, into: Tensor | None = None) -> Tensor:  # fmt: skip
     """`codebook.lookup`; without thresholds, `codebook.nearest` or `grid.nearest`.
 
     Args:
@@ -127,25 +130,26 @@ def quantize(x: Tensor, table: Tensor, kind: Kind, thresholds: Tensor | None = N
         kind: which of them.
         thresholds: of levels, as there; None for their midpoints.
         relu: if given, x goes through a ReLU first, whose result is written here: x itself, or of its shape and memory order.
+        top: the largest result of that ReLU.
         into: where the quantized result is written, which may be `relu`; a new tensor if None.
     """
     x, table = _dense(x), table.contiguous()
     cuts = None if thresholds is None else thresholds.contiguous()
     y = torch.empty_like(x) if into is None else into
     rows, rule = _rule(table, kind, cuts)
-    library().nulsq_quantize(x.data_ptr(), _place(relu), y.data_ptr(), rows, x.numel() // rows, rule, _threads(x))
+    library().nulsq_quantize(x.data_ptr(), _place(relu), top, y.data_ptr(), rows, x.numel() // rows, rule, _threads(x))
     return y
 
 
 def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: Kind, *, spent: bool = False, behind_relu: bool = False,
-                      others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                      top: float = NO_TOP, others: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`codebook.backward_by`, for tables of at most `LARGEST_TRAINED_TABLE` levels, or `grid.backward_eager`.
 
     Args:
         grad, x, table: as there.
         kind: of the table.
         spent: nobody reads grad afterwards, so that its memory may hold the gradient to x.
-        behind_relu: x is the result of a ReLU, and the gradient is wanted to what went into that.
+        behind_relu: x is the result of a ReLU, which ends at `top`, and the gradient is wanted to what went into that.
         others: the gradient that x gets from elsewhere, added before it goes through the ReLU.
     """
     x, table = _dense(x), table.contiguous()
@@ -153,7 +157,7 @@ def quantize_backward(grad: Tensor, x: Tensor, table: Tensor, kind: Kind, *, spe
     to_x, to_table = grad if spent else torch.empty_like(x), torch.empty_like(table)
     rows, rule = _rule(table, kind)
     library().nulsq_quantize_backward(grad.data_ptr(), x.data_ptr(), to_x.data_ptr(), rows, x.numel() // rows, rule,
-                                      to_table.data_ptr(), behind_relu, _place(others), _threads(x))  # fmt: skip
+                                      to_table.data_ptr(), behind_relu, top, _place(others), _threads(x))  # fmt: skip
     return to_x, to_table
 
 
@@ -167,13 +171,14 @@ def _rule(table: Tensor, kind: Kind, cuts: Tensor | None = None) -> tuple[int, _
 
 
 class Norm(NamedTuple):
-    """A BatchNorm as it computes now.
+    """A BatchNorm as it computes now, with a ReLU behind it.
 
     Attributes:
         weight, bias, running_mean, running_var: (C,). The latter two are taken, or change, as `batch` says.
         share: how much of a batch they take.
         eps: what is added to a variance.
         batch: whether the batch is brought to mean 0 and variance 1.
+        top: the largest result of the ReLU.
     """
 
     weight: Tensor
@@ -183,6 +188,7 @@ class Norm(NamedTuple):
     share: float
     eps: float
     batch: bool
+    top: float = NO_TOP
 
     def takes(self, x: Tensor) -> bool:
         """Whether the loops do."""
@@ -198,7 +204,7 @@ class Norm(NamedTuple):
         """While all of them live."""
         images, channels, height, width = x.shape
         places = [t.data_ptr() for t in (*self[:4], facts)]
-        return _Shape(images, channels, height * width, not x.is_contiguous()), _Norm(*places, self.share, self.eps)
+        return _Shape(images, channels, height * width, not x.is_contiguous()), _Norm(*places, self.share, self.eps, self.top)
 
 
 def room_for_facts(x: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ struct Norm {
     float *running_mean, *running_var;
     float *facts;
     double share, eps;
+    float top;  // of the ReLU behind it
 };
 
 // What is used is rounded where torch's kernels for channels that lie apart round it, so that forward all bits are theirs.
@@ -128,17 +129,19 @@ struct Facts {
 };
 
 // relu(x * gain + shift + shortcut) of a piece, without a shortcut if it is null.
-static void normalize(const Shape &shape, const Facts &facts, const float *x, const float *shortcut, float *y, int64_t first, int64_t n) {
+static void normalize(const Shape &shape, const Norm &norm, const float *x, const float *shortcut, float *y, int64_t first, int64_t n) {
+    const Facts facts(norm.facts, shape.channels);
+    const vec top = all(norm.top);
     x += first, shortcut += shortcut ? first : 0;
     shape.parts(first, n, [&](int64_t c, int64_t, int64_t start, int64_t stop) ALWAYS {
         const vec gain = shape.of(facts.gain, c), shift = shape.of(facts.shift, c);
         if (shortcut)
             shape.vectors(start, stop, [=](int64_t at, int64_t m, int) ALWAYS {
                 const vec own = load(x + at, m) * gain + shift;
-                store(y + at, positive(own + load(shortcut + at, m)), m);
+                store(y + at, rectified(own + load(shortcut + at, m), top), m);
             });
         else
-            shape.vectors(start, stop, [=](int64_t at, int64_t m, int) ALWAYS { store(y + at, positive(load(x + at, m) * gain + shift), m); });
+            shape.vectors(start, stop, [=](int64_t at, int64_t m, int) ALWAYS { store(y + at, rectified(load(x + at, m) * gain + shift, top), m); });
     });
 }
 
@@ -182,7 +185,7 @@ void nulsq_norm(const float *x, const float *shortcut, float *relu, float *y, Sh
         shape.pieces(threads, [&](int64_t) {
             return [&](int64_t first, int64_t n) {
                 float *place = (relu ? relu : y) + first;
-                normalize(shape, facts, x, shortcut, place, first, n);
+                normalize(shape, norm, x, shortcut, place, first, n);
                 quantize(place, y + first, n, false);
             };
         });
@@ -195,7 +198,7 @@ void nulsq_norm_backward(const float *g, const float *others, const float *x, co
                          int still, Rule rule, float *to_table, float *to_weight, float *to_bias, int threads) {
     const Levels levels(rule, 1);
     const Facts facts(norm.facts, shape.channels);
-    const Behind behind{true, others, false};
+    const Behind behind{true, norm.top, others, false};
     Sums sums(shape), products(shape);
     with_gradient(rule, [&](auto *kind) {
         typedef std::remove_pointer_t<decltype(kind)> Gradient;
@@ -203,7 +206,7 @@ void nulsq_norm_backward(const float *g, const float *others, const float *x, co
         shape.pieces(threads, [&](int64_t strip) {
             return [&, strip, gradient = Gradient(levels, 0)](int64_t first, int64_t n) mutable {
                 float made[BLOCK];
-                if (!y) normalize(shape, facts, x, nullptr, made, first, n);
+                if (!y) normalize(shape, norm, x, nullptr, made, first, n);
                 gradient(g + first, y ? y + first : made, to_sum + first, n, behind.from(first));
                 gradient.take(&to_rule[strip * Gradient::SUMS]);
                 const float *in = x + first, *out = to_sum + first;

@@ -18,27 +18,34 @@ Both = tuple[Tensor, Tensor]
 
 class _Both(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, kind: native.Kind, inplace: bool) -> Both:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, table: Tensor, kind: native.Kind, top: float,
+                inplace: bool) -> Both:  # fmt: skip
         y = x if inplace else torch.empty_like(x)
-        quantized = native.quantize(x, table, kind, relu=y)
+        quantized = native.quantize(x, table, kind, relu=y, top=top)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, table)
-        ctx.kind = kind  # type: ignore[attr-defined]
+        ctx.kind, ctx.top = kind, top  # type: ignore[attr-defined]
         ctx.set_materialize_grads(False)
         return y, quantized
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, others: Tensor | None,
                  grad: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
-        (y, table), kind = ctx.saved_tensors, ctx.kind  # type: ignore[attr-defined]
+        (y, table), kind, top = ctx.saved_tensors, ctx.kind, ctx.top  # type: ignore[attr-defined]
         if grad is None:
-            return None if others is None else others.masked_fill(y <= 0, 0), None, None, None
+            return None if others is None else others.masked_fill(held(y, top), 0), None, None, None, None
         if torch.is_grad_enabled():  # as in codebook.py
             to_y, to_table = backward_eager(grad, y, table, kind)
-            return (to_y if others is None else to_y + others).masked_fill(y <= 0, 0), to_table, None, None
+            return (to_y if others is None else to_y + others).masked_fill(held(y, top), 0), to_table, None, None, None
         spent = read_by_one_layer(ctx, output=1)
-        return *native.quantize_backward(grad, y, table, kind, spent=spent, behind_relu=True, others=others), None, None
+        found = native.quantize_backward(grad, y, table, kind, spent=spent, behind_relu=True, top=top, others=others)
+        return *found, None, None, None
+
+
+def held(y: Tensor, top: float) -> Tensor:
+    """Where a ReLU that gave y passes no gradient."""
+    return (y <= 0) | (y >= top)
 
 
 def backward_eager(grad: Tensor, x: Tensor, table: Tensor, kind: native.Kind) -> tuple[Tensor, Tensor]:
@@ -48,12 +55,14 @@ def backward_eager(grad: Tensor, x: Tensor, table: Tensor, kind: native.Kind) ->
     return codebook.backward_by(grad, x, table, kind)
 
 
-def relu_and_quantize(x: Tensor, table: Tensor, kind: native.Kind = None, *, inplace: bool = False) -> Both | None:
+def relu_and_quantize(x: Tensor, table: Tensor, kind: native.Kind = None, *, top: float = native.NO_TOP,
+                      inplace: bool = False) -> Both | None:  # fmt: skip
     """`relu(x)`, and that through `quantize_to_levels`, `quantize_by_gaps` or `quantize_to_grid`, with the gradients of both.
 
     Args:
         x: (...).
         table, kind: of one table, as for `fast.loops`.
+        top: the largest result of the ReLU.
         inplace: x becomes the ReLU's result.
 
     Returns:
@@ -62,24 +71,24 @@ def relu_and_quantize(x: Tensor, table: Tensor, kind: native.Kind = None, *, inp
     """
     if (table.requires_grad and not x.requires_grad) or not _taken(x, table, kind, inplace, trained=True):
         return None
-    y, quantized = _Both.apply(x, table, kind, inplace)
+    y, quantized = _Both.apply(x, table, kind, top, inplace)
     return y, made_by(quantized, native.quantize, y, table, kind)
 
 
-def relu_and_lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | None, *, inplace: bool = False,
-                    alone: bool = False) -> Both | None:  # fmt: skip
+def relu_and_lookup(x: Tensor, table: Tensor, thresholds: Tensor | None, negative: int | None, *, top: float = native.NO_TOP,
+                    inplace: bool = False, alone: bool = False) -> Both | None:  # fmt: skip
     """`relu(x)`, and that looked up, without a gradient; otherwise as `relu_and_quantize`.
 
     Args:
         x: (...).
-        table, thresholds, negative: as for `native.quantize`.
+        table, thresholds, negative, top: as for `native.quantize`.
         inplace: x becomes the ReLU's result.
         alone: x becomes the quantized result, and stands for both: memory that need not be fetched saves most of the time.
     """
     if not _taken(x, table, negative, inplace):
         return None
     y = x if inplace else torch.empty_like(x)
-    quantized = native.quantize(x, table, negative, thresholds, relu=y, into=y if alone else None)
+    quantized = native.quantize(x, table, negative, thresholds, relu=y, top=top, into=y if alone else None)
     if inplace:
         torch.autograd.graph.increment_version(x)
     return y, quantized

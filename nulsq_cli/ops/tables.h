@@ -50,7 +50,11 @@ static const int64_t AHEAD = 1024;
 static INLINE void fetch(const float *p) { __builtin_prefetch(p + AHEAD); }
 static inline vec all(float s) { return s - vec{}; }
 static inline vec where(mask m, vec v) { return (vec)((mask)v & m); }
-static inline vec positive(vec v) { return where(~(v <= vec{}), v); }  // a ReLU; what is not a number stays
+// A ReLU, or one that ends at `top`, if that is a number. What is not a number stays.
+static inline vec rectified(vec v, vec top) {
+    v = where(~(v <= vec{}), v);
+    return v > top ? top : v;
+}
 static inline void add_above(vec &sum, vec v, vec a, vec b) {  // where a is above b
 #ifdef __AVX512F__
     sum = (vec)_mm512_mask_add_ps((__m512)sum, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ), (__m512)sum, (__m512)v);
@@ -93,22 +97,24 @@ template <int WIDE, class Step> static INLINE void over(const float *x, float *y
     }
 }
 
-// What follows the gradient to x: nothing, or the ReLU that x came out of. Where x is 0 that passes nothing; elsewhere also what
-// others that read x hand back.
+// What follows the gradient to x: nothing, or the ReLU that x came out of. Where x is 0, or its top, that passes nothing; elsewhere
+// also what others that read x hand back.
 struct Behind {
     bool relu;
+    float top;
     const float *others;
     bool past;  // the caches: as above
-    Behind from(int64_t first) const { return {relu, others ? others + first : nullptr, past}; }
+    Behind from(int64_t first) const { return {relu, top, others ? others + first : nullptr, past}; }
 };
 
 // The same for step(g, x, dx), which takes WIDE vectors of each at a time: its own tables are then read once for all of them.
 template <int WIDE, bool FETCH = true, class Step>
 static INLINE void over(const float *g, const float *x, float *dx, int64_t n, Behind behind, float filler, Step step) {
     vec gs[WIDE], xs[WIDE], out[WIDE], rest[WIDE] = {};
+    const vec top = all(behind.top);
     const auto finish = [&]() ALWAYS {
         if (!behind.relu) return;
-        for (int w = 0; w < WIDE; ++w) out[w] = where(~(xs[w] <= vec{}), behind.others ? out[w] + rest[w] : out[w]);
+        for (int w = 0; w < WIDE; ++w) out[w] = where(~((xs[w] <= vec{}) | (xs[w] >= top)), behind.others ? out[w] + rest[w] : out[w]);
     };
     int64_t i = 0;
     for (; i + WIDE * LANES <= n; i += WIDE * LANES) {

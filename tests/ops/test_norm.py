@@ -30,7 +30,11 @@ def quantize(y: Tensor, table: Tensor, kind: native.Kind) -> Tensor:
     return codebook.quantize_to_levels(y, table) if kind is None else codebook.quantize_by_gaps(y, table, kind)
 
 
-def case(shape: tuple[int, ...], last: bool, *, batch: bool = True) -> tuple[Tensor, Tensor, Norm]:
+TOPS = {"relu": native.NO_TOP, "relu6": 1.0}
+"""1 stands for 6, which too few numbers here reach."""
+
+
+def case(shape: tuple[int, ...], last: bool, *, batch: bool = True, top: float = native.NO_TOP) -> tuple[Tensor, Tensor, Norm]:
     """x, a shortcut and a BatchNorm."""
     draw = torch.Generator().manual_seed(sum(shape))
     channels = shape[1]
@@ -38,13 +42,17 @@ def case(shape: tuple[int, ...], last: bool, *, batch: bool = True) -> tuple[Ten
     if last:
         x, shortcut = (t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut))
     weight, bias, mean, var = (torch.rand(channels, generator=draw) + 0.1 for _ in range(4))
-    return x, shortcut, Norm(weight, bias - 0.5, mean, var, 0.1, 1e-5, batch)
+    return x, shortcut, Norm(weight, bias - 0.5, mean, var, 0.1, 1e-5, batch, top)
+
+
+def rectified(x: Tensor, top: float) -> Tensor:
+    return x.relu() if top != top else F.hardtanh(x, 0, top)
 
 
 def one_after_the_other(x: Tensor, shortcut: Tensor | None, norm: Norm, table: Tensor,
                         kind: native.Kind) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.batch, norm.share, norm.eps)
-    y = (y if shortcut is None else y + shortcut).relu()
+    y = rectified(y if shortcut is None else y + shortcut, norm.top)
     return y, quantize(y, table, kind)
 
 
@@ -58,14 +66,15 @@ def gradients(made: tuple[Tensor, Tensor], wanted: list[Tensor], others: bool) -
     return list(torch.autograd.grad(loss, wanted))
 
 
+@pytest.mark.parametrize("top", TOPS.values(), ids=TOPS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("last", [False, True], ids=["apart", "last"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("added", "alone", "batch"), [
     (False, True, True), (False, False, True), (True, False, True), (True, True, False),
 ])  # fmt: skip
-def test_all_is_that_of_one_after_the_other(shape, last, kind, added, alone, batch):
-    x, shortcut, norm = case(shape, last, batch=batch)
+def test_all_is_that_of_one_after_the_other(shape, last, kind, top, added, alone, batch):
+    x, shortcut, norm = case(shape, last, batch=batch, top=top)
     truth = norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
     table = table_of(kind, 4)
     wanted = [x, norm.weight, norm.bias, table, *([shortcut] if added else [])]
@@ -102,13 +111,14 @@ def test_gradients_are_those_of_float64(last):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-6 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("top", TOPS.values(), ids=TOPS)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize(("added", "alone", "inplace"), [
     (False, True, True), (False, False, True), (True, False, False), (True, True, True),
 ])  # fmt: skip
-def test_lookups(last, batch, added, alone, inplace):
-    x, shortcut, norm = case((3, 16, 9, 5), last, batch=batch)
+def test_lookups(top, last, batch, added, alone, inplace):
+    x, shortcut, norm = case((3, 16, 9, 5), last, batch=batch, top=top)
     truth = norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
     levels = codebook.levels_of(table_of(0, 5), 0)
     extra = shortcut if added else None
