@@ -41,7 +41,10 @@ class Case:
 
 
 def cases(options: argparse.Namespace, short: tuple[int, int], full: tuple[int, int]) -> list[Case]:
-    """ResNet-20 on 32x32 and ResNet-18 on 224x224 images, the batch of each given."""
+    """ResNet-20 on 32x32 and ResNet-18 on 224x224 images, the batch of each given; or the model that was asked for."""
+    if options.model:
+        name, batch, side = options.model.split(":")
+        return [Case(name, int(batch), int(side))]
     if options.tiny:
         return [Case("resnet8_cifar", 2, 8)]
     small, large = short if options.short else full

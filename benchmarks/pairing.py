@@ -20,12 +20,14 @@ Alternative = Callable[[], float]
 """Runs once and says how many seconds of it count."""
 
 
-def arguments(doc: str, *, reference: bool = False) -> argparse.ArgumentParser:
+def arguments(doc: str, *, reference: bool = False, models: bool = True) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--tiny", action="store_true", help="does it run at all: smallest sizes, one round; numbers mean nothing")
     parser.add_argument("--rounds", type=int, help="how often each alternative is timed")
+    if models:
+        parser.add_argument("--model", metavar="NAME:BATCH:SIDE", help="this one, with square images, instead of two ResNets")
     if reference:
         parser.add_argument("--reference", metavar="PATH", help="a checkout of github.com/DensoITLab/nuLSQ to measure, too")
     return parser

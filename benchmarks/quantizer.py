@@ -61,7 +61,7 @@ def check(quantizer: Quantizer, x: Tensor, g: Tensor) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, reference=True)
+    parser = arguments(__doc__, reference=True, models=False)
     options = parser.parse_args()
     shape = (2, 8, 8, 8) if options.tiny else (32, 64, 28, 28) if options.short else (32, 64, 56, 56)
     count = rounds(options, 7, 21)
