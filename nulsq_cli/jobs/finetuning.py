@@ -60,7 +60,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
         config = session.data_config(r, model)
         splits = session.open_splits(r, config)
         teacher = _teacher(r, model, config)
-    datasets.check_enough_outputs(splits.train, model.num_classes)
+    remark = datasets.check_outputs(splits.train, model.num_classes)
     check_training(r, splits, world)
     model.to(world.device, memory_format=session.memory_format(r))
     plan = make_plan(model, session.policy(r), config["input_size"])  # it checks that the model takes images of this size
@@ -83,6 +83,8 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     _choose_quantizer_speed(r, splits, config, world, show)
     show.say(f"  {session.float_info(model)['resolved']} · {len(splits.train)} training images"
              f" · {len(splits.validation)} in split {r.data.val_split!r} · {world.device}")  # fmt: skip
+    if remark is not None:
+        show.say(remark, "yellow")
     known = _read_start(folder) if resumed else None
     start = known or {}
     if known is None:

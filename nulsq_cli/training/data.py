@@ -132,6 +132,9 @@ class Loader(DataLoader):
             # a stream cannot start in the middle: what was consumed is read again and dropped
             self.skip = start // (self.batch_size * self.world)
 
+    def check_worker_number_rationality(self) -> None:
+        """Torch would warn, several times in a run, of more loaders than cores; they mostly wait for files."""
+
     def __iter__(self) -> Iterator[Any]:
         try:
             for batch in islice(super().__iter__(), self.skip, None):

@@ -101,18 +101,23 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     )
 
 
-def check_enough_outputs(dataset: Dataset, num_classes: int) -> None:
+def check_outputs(dataset: Dataset, num_classes: int) -> str | None:
     """Refuse a dataset that has classes for which the model has no output.
+
+    Returns:
+        What to say where the model has outputs for which the dataset has no class: it may have learned other classes.
 
     Raises:
         InputError: with both numbers.
     """
     names = class_names(dataset)
-    if names is not None and len(names) > num_classes:
-        raise InputError(
-            f"the dataset has {len(names)} classes, the model {num_classes} outputs",
-            fix=f"give --num-classes {len(names)}, or another dataset",
-        )
+    if names is None or len(names) == num_classes:
+        return None
+    numbers = f"the dataset has {len(names)} classes, the model {num_classes} outputs"
+    if len(names) > num_classes:
+        raise InputError(numbers, fix=f"give --num-classes {len(names)}, or another dataset")
+    return (f"  ! {numbers}: {names[0]!r} is taken for the first of them, and so on. If the model has learned other classes, give"
+            f" --num-classes {len(names)} for a new last layer, or say which is which (--class-map)")  # fmt: skip
 
 
 def _open_folder(data_dir: str | Path | None, split: str, class_map: str, mode: str) -> Pictures:

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from nulsq_cli.errors import InputError, UsageError
 from nulsq_cli.training import datasets
 from nulsq_cli.training.data import eval_loader, train_loader
-from nulsq_cli.training.datasets import check_enough_outputs, check_same_classes, class_names, open_dataset
+from nulsq_cli.training.datasets import check_outputs, check_same_classes, class_names, open_dataset
 from nulsq_cli.training.pictures import Digits
 
 
@@ -122,11 +122,12 @@ def test_splits_whose_classes_differ_are_refused(folder):
     assert "only in training: cat; only in validation: cow" in str(caught.value)
 
 
-def test_more_classes_than_outputs_are_refused(folder):
+def test_more_classes_than_outputs_are_refused_and_fewer_are_remarked(folder):
     train = open_dataset("", folder, "train")
-    check_enough_outputs(train, 2)
+    assert check_outputs(train, 2) is None
+    assert "2 classes, the model 1000 outputs: 'cat' is taken for the first" in check_outputs(train, 1000)
     with pytest.raises(InputError, match="2 classes, the model 1 outputs"):
-        check_enough_outputs(train, 1)
+        check_outputs(train, 1)
 
 
 @pytest.mark.parametrize("kind", ["", "torch/image_folder"])

@@ -55,6 +55,11 @@ def test_the_byte_is_written_when_the_process_ends():
     assert ending_byte(os.getpid())[0] == 0
 
 
+def test_torch_says_nothing_about_the_number_of_loaders(recwarn):
+    data.eval_loader(Deadly(False), lambda image: image, batch_size=1, workers=1000)
+    assert not recwarn.list
+
+
 class Deadly(Dataset):
     """The loader process that is given the third image dies of it; it may be late to be seen dead."""
 
