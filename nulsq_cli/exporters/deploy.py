@@ -19,7 +19,7 @@ from nulsq_cli.exporters import EXPORTERS, layer_proof, runtimes
 from nulsq_cli.exporters.latency import compare, static_int8
 from nulsq_cli.exporters.lower import Network, Options, float_layers, lower
 from nulsq_cli.exporters.onnx_file import METADATA, build, check_operators
-from nulsq_cli.exporters.proof import LEAST_SHARE, Trial
+from nulsq_cli.exporters.proof import LEAST_SHARE, NOTABLE_LOSS, Trial
 from nulsq_cli.exporters.trace import Traced, trace
 from nulsq_cli.exporters.twin import Twin, settle
 from nulsq_cli.files import write_atomically
@@ -131,7 +131,7 @@ def deploy(target: str, model: nn.Module, artifact: Artifact, path: Path, option
               "range": options.reach, "float_layers": float_layers(network) if options.grid == "int8" else list(network.by_path),
               "wide_layers": wide_layers(network), "verified": verified, "latency": timed,
               "images": "real" if material.real else "noise"}  # fmt: skip
-    return {**result, "warnings": doubts + _warnings(result)}
+    return {**result, "warnings": doubts + _warnings(result, trained_so=artifact.meta["grid"] == options.grid)}
 
 
 def wide_layers(network: Network) -> list[str]:
@@ -237,11 +237,21 @@ def _latency(target: str, content: bytes, traced: Traced, artifact: Artifact, ma
     return found
 
 
-def _warnings(result: dict[str, Any]) -> list[str]:
-    """What a user has to know before using the file, one sentence each."""
+def _warnings(result: dict[str, Any], *, trained_so: bool) -> list[str]:
+    """What a user has to know before using the file, one sentence each.
+
+    Args:
+        result: of the export.
+        trained_so: whether the run's levels lie where the file needs them.
+    """
     found = []
     own = OWN[result["format"]][0]
-    shares = result["verified"]["integer_layers"]
+    verified = result["verified"]
+    shares = verified["integer_layers"]
+    lost = verified["model_top1"] - verified["twin_and_model"]["top1"] if "model_top1" in verified else 0
+    if lost > NOTABLE_LOSS:
+        way_out = "" if trained_so else "; levels were moved to integers of 8 bits, where a run with --grid int8 has them"
+        found.append(f"top-1 on these images is {lost:.2f} points below that of the run{way_out}")
     if result["images"] == "noise":
         found.append("the run's images were not at hand: ranges come from noise; --data-dir names the folder of the images")
     if result["grid"] == "float":

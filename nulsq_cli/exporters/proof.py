@@ -20,6 +20,9 @@ other side of a threshold in one runtime shows in a few, and there it may grow, 
 LEAST_SHARE = 0.8
 """Of the layers that compute in integers; below, the export says so."""
 
+NOTABLE_LOSS = 1.0
+"""Points of top-1 between the run and the file; above, the export says so."""
+
 
 @dataclass
 class Comparison:

@@ -101,6 +101,16 @@ def test_the_float_form_computes_what_the_run_computes(tmp_path):
     assert found["warnings"][0].startswith("computes in float")
 
 
+@pytest.mark.parametrize(("lost", "trained_so"), [(0.9, False), (5, False), (5, True)])
+def test_a_file_that_is_worse_than_its_run_says_so(lost, trained_so, tmp_path):
+    found = export("tiny_inverted", tmp_path / "a.onnx")
+    assert not any("top-1" in sentence for sentence in found["warnings"])
+    found["verified"].update(model_top1=80.0, twin_and_model={"top1": 80.0 - lost})
+    sentences = [sentence for sentence in deploy._warnings(found, trained_so=trained_so) if "top-1" in sentence]
+    assert len(sentences) == (lost > 1) and all("5.00 points" in sentence for sentence in sentences)
+    assert any("--grid int8" in sentence for sentence in sentences) is (lost > 1 and not trained_so)
+
+
 def test_any_batch_size(tmp_path):
     export("tiny_inverted", tmp_path / "a.onnx")
     run = runtimes.onnxruntime(tmp_path / "a.onnx")
