@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nulsq_cli import api
 from nulsq_cli.layers import quantizers, weights_together
 from nulsq_cli.models import create_float_model
-from nulsq_cli.rectified import one_operation
+from nulsq_cli.pairing import one_operation
 from nulsq_cli.training import watch
 from nulsq_cli.training.optim import Pair
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nulsq_cli import calibrate
 from nulsq_cli.convert import Policy, convert, make_plan
-from nulsq_cli.rectified import one_operation
+from nulsq_cli.pairing import one_operation
 from nulsq_cli.session import CHUNK
 from nulsq_cli.training.evaluate import evaluate
 from nulsq_cli.training.world import World

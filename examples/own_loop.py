@@ -5,7 +5,7 @@ import torch
 
 from nulsq_cli import quantize
 from nulsq_cli.layers import quantizers, weights_together
-from nulsq_cli.rectified import one_operation
+from nulsq_cli.pairing import one_operation
 
 torch.manual_seed(0)
 model = timm.create_model("resnet18", num_classes=10)

@@ -12,7 +12,7 @@ from nulsq_cli import calibrate, jobs, recipe, session
 from nulsq_cli.cli.show import Show
 from nulsq_cli.convert import Policy, make_plan
 from nulsq_cli.errors import UsageError
-from nulsq_cli.rectified import pair
+from nulsq_cli.pairing import pair
 from nulsq_cli.values import Bits
 
 
@@ -23,7 +23,7 @@ def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", 
     Afterwards train it with any loop: steps are ordinary parameters. Of every
     `nulsq_cli.layers.quantizers(model)`, add `penalty()` to the loss where it is not None (`pact` and `llsq`
     have one), and call `after_step()` after each update; it keeps the steps positive. It trains sooner with its forward
-    pass inside `nulsq_cli.layers.weights_together(model)` and `nulsq_cli.rectified.one_operation(model, images)`.
+    pass inside `nulsq_cli.layers.weights_together(model)` and `nulsq_cli.pairing.one_operation(model, images)`.
 
     Args:
         model: any model of `nn.Conv2d` and `nn.Linear` layers.

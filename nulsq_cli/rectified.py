@@ -5,22 +5,15 @@ This is `ops/relu.py` and `ops/norm.py` in the place of modules of a model.
 
 from __future__ import annotations
 
-import copy
-import inspect
-import operator
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from nulsq_cli.layers import QuantLayer, evaluating, in_trace, prepare, quant_layers
+from nulsq_cli.layers import QuantLayer, in_trace, prepare
 from nulsq_cli.ops.native import NO_TOP, Norm
 from nulsq_cli.ops.remake import checkpointed
 
@@ -29,7 +22,7 @@ class QuantAct(nn.Module):
     """A ReLU that knows a layer which reads its result. What comes out is the same, and so are all gradients.
 
     Of those that reach the result the layer's is added last; where there are more than two, that may be another order
-    than a plain ReLU's. Made from a ReLU by `pair`. The layer is no child of it: it has its own place in the model.
+    than a plain ReLU's. Made from a ReLU by `pairing.pair`. The layer is no child of it: it has its own place in the model.
     """
 
     reader: QuantLayer
@@ -73,43 +66,17 @@ def _unversioned(x: Tensor) -> bool:
     return torch.is_inference_mode_enabled() or x.is_inference()
 
 
-class _Switch:
+class Switch:
     """Whether BatchNorms may do what others do after them, for all of a model."""
 
     on = False
 
 
-_Parts = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
-"""The modules of a model and their children, but for what is inside of layers, which may change."""
+class BehindNorm(nn.BatchNorm2d):
+    """What both kinds below share."""
 
-
-def _parts(model: nn.Module) -> _Parts:
-    found, left = [], [model]
-    while left:
-        m = left.pop()
-        children = () if isinstance(m, QuantLayer) else tuple(m._modules.values())
-        found.append((m, children))
-        left += [child for child in children if child is not None]
-    return found
-
-
-def _as_it_was(parts: _Parts) -> bool:
-    """Whether all modules are where they were."""
-    return all(not children or tuple(m._modules.values()) == children for m, children in parts)
-
-
-def _unseen(parts: _Parts) -> bool:
-    """Whether nobody wants to see what goes through a module."""
-    anywhere = nn.modules.module
-    if (anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks or anywhere._global_backward_hooks
-            or anywhere._global_backward_pre_hooks):  # fmt: skip
-        return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m, _ in parts)
-
-
-class _BehindNorm(nn.BatchNorm2d):
     relu: QuantAct
-    switch: _Switch
+    switch: Switch
     overwrites: bool
     """Whether a layer made what this one reads, and nobody else reads it."""
     adds: bool
@@ -152,16 +119,16 @@ class _BehindNorm(nn.BatchNorm2d):
         return y
 
 
-class QuantNorm(_BehindNorm):
+class QuantNorm(BehindNorm):
     """A BatchNorm that knows the ReLU which reads its result, and nobody else does: it does the ReLU's work as well.
 
-    Inside of `one_operation` only. What it computes with has a plain BatchNorm's bits, but in training with channels last or
-    planes of one pixel: there sums are added in another order, as those of gradients and running statistics are in any
-    layout. Made by `pair`, as a `QuantReLU` is.
+    Inside of `pairing.one_operation` only. What it computes with has a plain BatchNorm's bits, but in training with channels
+    last or planes of one pixel: there sums are added in another order, as those of gradients and running statistics are in
+    any layout. Made by `pairing.pair`, as a `QuantReLU` is.
     """
 
 
-class QuantNormAct(_BehindNorm, BatchNormAct2d):
+class QuantNormAct(BehindNorm, BatchNormAct2d):
     """The same for timm's BatchNorm that has the ReLU inside, or nothing."""
 
     def plain(self, x: Tensor) -> Tensor:
@@ -174,18 +141,13 @@ class QuantNormAct(_BehindNorm, BatchNormAct2d):
         return y if y is None or self.act is not self.relu else self.act(y)
 
 
-_ACTS: dict[type[nn.Module], type[QuantAct]] = {nn.ReLU: QuantReLU, nn.ReLU6: QuantReLU6}
-_NORMS: dict[type[nn.Module], type[_BehindNorm]] = {nn.BatchNorm2d: QuantNorm, BatchNormAct2d: QuantNormAct}
-_PLAIN = {ours: plain for plain, ours in (_ACTS | _NORMS).items()}
-
-
 class _Unfinished:
     """What a BatchNorm would hand on, were not something added to it next: the addition does the BatchNorm's work as well.
 
-    `pair` has proved that nothing else is done with it. Were something, it would be a tensor for that.
+    `pairing.pair` has proved that nothing else is done with it. Were something, it would be a tensor for that.
     """
 
-    def __init__(self, norm: _BehindNorm, x: Tensor) -> None:
+    def __init__(self, norm: BehindNorm, x: Tensor) -> None:
         self._norm, self._x = norm, x
 
     def __add__(self, shortcut: Any) -> Tensor:
@@ -212,182 +174,3 @@ class _Unfinished:
 
 for _name in ("sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem"):
     setattr(_Unfinished, f"__{_name}__", lambda self, *other, _name=_name: getattr(self._tensor, f"__{_name}__")(*other))
-
-
-class _Tracer(fx.Tracer):
-    """Goes into what holds a layer, a BatchNorm or a ReLU, and through what does nothing; not into what is run twice."""
-
-    def create_proxy(self, *what: Any, **more: Any) -> fx.Proxy:
-        if checkpointed():
-            raise NotImplementedError("gradient checkpointing")
-        return super().create_proxy(*what, **more)
-
-    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        if type(m) is nn.Identity:
-            return False
-        whole = isinstance(m, (QuantLayer, _BatchNorm)) or super().is_leaf_module(m, name)
-        return whole or not any(isinstance(part, (QuantLayer, _BatchNorm, *_ACTS)) for part in m.modules())
-
-
-class _Proved(NamedTuple):
-    """What is certain about the modules of a model, by name, in one mode."""
-
-    alone: set[str]
-    """ReLUs of which only the reader reads the result."""
-    fresh: set[str]
-    """ReLUs that read what a BatchNorm made for nobody else."""
-    norms: dict[str, tuple[str, bool]]
-    """BatchNorms: only this ReLU reads the result, or, if that is so, the sum of it and something else, for nobody else."""
-    own: set[str]
-    """Those of them that read what a layer made for nobody else."""
-
-
-def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Proved:
-    """By a symbolic trace, which fails where the way through a model depends on its data.
-
-    It runs what a model does to itself, so a copy is traced, which has the same parameters.
-    """
-    proved = _Proved(set(), set(), {}, set())
-    try:
-        model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
-        given = inspect.signature(model.forward).parameters.values()
-        nodes = list(_Tracer().trace(model, {p.name: p.default for p in given if p.default is not p.empty}).nodes)
-    except Exception:  # copying and torch.fx run the model's own code, the latter on symbols: anything may fail
-        return proved
-    modules = dict(model.named_modules())
-    called = {node: node.target for node in nodes if node.op == "call_module"}
-    times = Counter(called.values())
-
-    def for_one(node: Any) -> bool:
-        return isinstance(node, fx.Node) and len(node.users) == 1
-
-    def read_by(node: fx.Node) -> fx.Node | None:
-        return node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
-
-    def prove(name: str | None, node: fx.Node, relu: str, added: bool) -> None:
-        norm = modules.get(name)
-        if type(norm) not in _NORMS or not (norm.affine and norm.track_running_stats):
-            return
-        if times[name] > 1:
-            return
-        if added and not for_one(read_by(node)):  # what it reads may be another thing when something is added
-            return
-        proved.norms[name] = relu, added
-        if for_one(read_by(node)) and isinstance(modules.get(called.get(read_by(node))), (QuantLayer, nn.Conv2d)):
-            proved.own.add(name)
-
-    for node, name in called.items():
-        module = modules[name]
-        inside = isinstance(module, BatchNormAct2d) and type(module.drop) is nn.Identity
-        relu = f"{name}.act" if inside else name
-        if relu not in readers:
-            continue
-        if [called.get(user) for user in node.users] == [readers[relu]]:
-            proved.alone.add(relu)
-        if inside:
-            proved.fresh.add(relu)
-            prove(name, node, relu, False)
-            continue
-        before = read_by(node)
-        if not for_one(before):
-            continue
-        if isinstance(modules.get(called.get(before)), _BatchNorm):
-            proved.fresh.add(relu)
-        added = before.target in (operator.add, operator.iadd)
-        terms = before.args[: 1 if before.target is operator.iadd else 2] if added else (before,)
-        for term in terms:
-            source = called.get(term) if for_one(term) and terms.count(term) == 1 else None
-            norm = modules.get(source)
-            if not isinstance(norm, BatchNormAct2d) or (type(norm.drop) is type(norm.act) is nn.Identity):
-                prove(source, term, relu, added)
-            if source in proved.norms:
-                break
-    return proved
-
-
-@torch.no_grad()
-def pair(model: nn.Module, images: Tensor) -> None:
-    """Find the ReLUs whose result goes into a quantized layer as it is, and tell them. Again only if a module was exchanged.
-
-    A ReLU that runs more than once in a forward pass has no one reader. Where several layers read one, it is the
-    first. Nothing else changes: parameters, names, hooks.
-
-    Args:
-        model: in any mode, on the device of the images.
-        images: at least one that the model takes; two of them are run.
-    """
-    if not images.is_cpu or getattr(model, "_compiled_call_impl", None) is not None:
-        return  # there are no such loops
-    if hasattr(model, "_nulsq_paired") and _as_it_was(model._nulsq_paired[1]):
-        return
-    layers = quant_layers(model).values()
-    if not layers:  # it may be quantized later
-        return
-    for m in model.modules():
-        if type(m) in _PLAIN:  # from before
-            m.__class__ = _PLAIN[type(m)]
-    switch = _Switch()
-    model._nulsq_paired = switch, _parts(model)
-    relus = [m for m in model.modules() if type(m) in _ACTS]
-    if not relus:
-        return
-    runs: Counter[nn.Module] = Counter()
-    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # by identity of the tensor, which is kept so that no other gets it
-    found: dict[nn.Module, QuantLayer] = {}
-
-    def ran(relu: nn.Module, _: tuple[Tensor], y: Tensor) -> None:
-        runs[relu] += 1
-        made[id(y)] = relu, y, y._version
-
-    def reads(layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
-        relu, y, version = made.get(id(args[0]), (None, None, None))
-        if relu is not None and y._version == version:
-            found.setdefault(relu, layer)
-
-    hooks = [relu.register_forward_hook(ran) for relu in relus]
-    hooks += [layer.register_forward_pre_hook(reads) for layer in layers]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with evaluating(model):
-                model.forward(images[:2])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        modules = dict(model.named_modules())
-        names = {m: name for name, m in modules.items()}
-        readers = {names[relu]: names[reader] for relu, reader in found.items() if runs[relu] == 1}
-        still, moving = _proved(model, readers, training=False), _proved(model, readers, training=True)
-    for name, reader in readers.items():
-        relu = modules[name]
-        relu.__class__ = _ACTS[type(relu)]  # in place: whoever holds the module, or has a hook on it, keeps it
-        object.__setattr__(relu, "reader", modules[reader])
-        relu.alone, relu.overwrites = name in still.alone & moving.alone, relu.inplace and name in still.fresh
-    for name, (relu, added) in still.norms.items():
-        if moving.norms.get(name) == (relu, added):
-            norm = modules[name]
-            norm.__class__ = _NORMS[type(norm)]
-            object.__setattr__(norm, "relu", modules[relu])
-            norm.switch, norm.adds, norm.overwrites = switch, added, name in still.own & moving.own
-
-
-@contextmanager
-def one_operation(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Inside, BatchNorms whose results only a ReLU reads do its work, and that of the quantizer behind it.
-
-    For runs of a whole model, and not where somebody has a hook in it. Whether it is done depends on the model as it is now,
-    not on what was before: a resumed run has the same bits.
-
-    Args:
-        model: which `pair` gets, if it had not yet.
-        images: as for `pair`.
-    """
-    pair(model, images)
-    switch, parts = getattr(model, "_nulsq_paired", (None, []))
-    if switch is None or not _unseen(parts):
-        yield
-        return
-    switch.on = True
-    try:
-        yield
-    finally:
-        switch.on = False

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from nulsq_cli.layers import quant_layers, weights_together
-from nulsq_cli.rectified import QuantReLU, one_operation, pair
-from tests.test_rectified import IMAGES, paired_and_plain, quantized
+from nulsq_cli.pairing import one_operation, pair
+from nulsq_cli.rectified import QuantReLU
+from tests.paired import IMAGES, paired_and_plain, quantized
 
 
 def saved(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from nulsq_cli import artifact, exporters, session
 from nulsq_cli.errors import InputError
 from nulsq_cli.layers import standing_still
 from nulsq_cli.models import create_float_model
-from nulsq_cli.rectified import one_operation
+from nulsq_cli.pairing import one_operation
 
 TORCH = "torch"
 

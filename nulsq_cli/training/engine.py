@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nulsq_cli.calibrate import first_bad_layer
 from nulsq_cli.errors import DivergedError, Interrupted
 from nulsq_cli.layers import quantizers, weights_together
-from nulsq_cli.rectified import one_operation
+from nulsq_cli.pairing import one_operation
 from nulsq_cli.stabilizers.base import Stabilizer
 from nulsq_cli.training import checkpoint, curvature, watch
 from nulsq_cli.training.optim import Pair

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nulsq_cli.layers import evaluating, standing_still
-from nulsq_cli.rectified import one_operation
+from nulsq_cli.pairing import one_operation
 from nulsq_cli.training.world import World
 from nulsq_cli.values import Score
 

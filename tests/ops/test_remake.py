@@ -15,7 +15,7 @@ from nulsq_cli import layers
 from nulsq_cli.convert import Policy, convert, make_plan
 from nulsq_cli.models import create_float_model
 from nulsq_cli.ops import codebook, grid, remake
-from nulsq_cli.rectified import one_operation, pair
+from nulsq_cli.pairing import one_operation, pair
 from nulsq_cli.values import Bits
 
 
