@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nulsq_cli import calibrate, jobs, recipe, session
@@ -16,6 +17,7 @@ from nulsq_cli.pairing import pair
 from nulsq_cli.values import Bits
 
 
+@torch.inference_mode(False)
 def quantize(model: nn.Module, batches: Iterable[Tensor], *, bits: str = "3/3", method: str = "nulsq-wa",
              init: str = "lloyd", reestimate_batchnorm: bool = True, **policy: Any) -> nn.Module:  # fmt: skip
     """Put quantizers into a float model, in place, and start them from its weights and some images.

@@ -141,7 +141,7 @@ def in_trace(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
 
 def prepare(x: Tensor, quantized: Tensor, reader: QuantLayer) -> Tensor:
     """x, with a note for the layer that will read it: that its quantizer has already made this of it."""
-    x._nulsq_ready = reader, quantized, _version(x)  # type: ignore[attr-defined]
+    x._nulsq_ready = reader, quantized, _version(x), torch.is_grad_enabled()  # type: ignore[attr-defined]
     return x
 
 
@@ -151,7 +151,10 @@ def _taken(x: Tensor, reader: QuantLayer) -> Tensor | None:
     if ready is None or ready[0] is not reader:
         return None
     del x._nulsq_ready  # type: ignore[attr-defined]
-    return ready[1] if ready[2] == _version(x) and not checkpointed() else None
+    _, quantized, version, recorded = ready
+    # Made without gradients, as in checkpointing with reentrance, it would keep those of what is before it from ever coming.
+    usable = version == _version(x) and (recorded or not torch.is_grad_enabled()) and not checkpointed()
+    return quantized if usable else None
 
 
 def _version(x: Tensor) -> int | None:

@@ -11,6 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,15 @@ _NORMS: dict[type[nn.Module], type[BehindNorm]] = {nn.BatchNorm2d: QuantNorm, Ba
 _PLAIN = {ours: plain for plain, ours in (_ACTS | _NORMS).items()}
 
 
-_Parts = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
-"""The modules of a model and their children, but for what is inside of layers, which may change."""
+_Parts = list[tuple[nn.Module, tuple[nn.Module | None, ...], dict[str, bool]]]
+"""The modules of a model, their children and their switches; not what is inside of layers, which may change."""
+
+
+def _switches(m: nn.Module) -> dict[str, bool]:
+    """What may decide which way a forward goes, as timm's `grad_checkpointing`."""
+    if isinstance(m, (QuantLayer, QuantAct, BehindNorm)) or type(m).__module__.startswith("torch.nn."):
+        return {}
+    return {key: value for key, value in m.__dict__.items() if type(value) is bool and key != "training"}
 
 
 def _parts(model: nn.Module) -> _Parts:
@@ -36,14 +44,15 @@ def _parts(model: nn.Module) -> _Parts:
     while left:
         m = left.pop()
         children = () if isinstance(m, QuantLayer) else tuple(m._modules.values())
-        found.append((m, children))
+        found.append((m, children, _switches(m)))
         left += [child for child in children if child is not None]
     return found
 
 
 def _as_it_was(parts: _Parts) -> bool:
-    """Whether all modules are where they were."""
-    return all(not children or tuple(m._modules.values()) == children for m, children in parts)
+    """Whether all modules are where they were, and no switch was moved."""
+    return all((not children or tuple(m._modules.values()) == children) and switches == _switches(m)
+               for m, children, switches in parts)  # fmt: skip
 
 
 def _unseen(parts: _Parts) -> bool:
@@ -52,14 +61,17 @@ def _unseen(parts: _Parts) -> bool:
     if (anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks or anywhere._global_backward_hooks
             or anywhere._global_backward_pre_hooks):  # fmt: skip
         return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m, _ in parts)
+    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m, *_ in parts)
 
 
 class _Tracer(fx.Tracer):
-    """Goes into what holds a layer, a BatchNorm or a ReLU, and through what does nothing; not into what is run twice."""
+    """Goes into what holds a layer, a BatchNorm or a ReLU, and through what does nothing.
+
+    Not into a part that a model checkpoints, in either form: it ends where nobody else sees it.
+    """
 
     def create_proxy(self, *what: Any, **more: Any) -> fx.Proxy:
-        if checkpointed():
+        if checkpointed() or not torch.is_grad_enabled():
             raise NotImplementedError("gradient checkpointing")
         return super().create_proxy(*what, **more)
 
@@ -92,7 +104,8 @@ def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Pr
     try:
         model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
         given = inspect.signature(model.forward).parameters.values()
-        nodes = list(_Tracer().trace(model, {p.name: p.default for p in given if p.default is not p.empty}).nodes)
+        with torch.enable_grad():
+            nodes = list(_Tracer().trace(model, {p.name: p.default for p in given if p.default is not p.empty}).nodes)
     except Exception:  # copying and torch.fx run the model's own code, the latter on symbols: anything may fail
         return proved
     modules = dict(model.named_modules())
@@ -146,9 +159,12 @@ def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Pr
     return proved
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def pair(model: nn.Module, images: Tensor) -> None:
-    """Find the ReLUs whose result goes into a quantized layer as it is, and tell them. Again only if a module was exchanged.
+    """Find the ReLUs whose result goes into a quantized layer as it is, and tell them.
+
+    Again only if a module was exchanged, or something in one that is True or False.
 
     A ReLU that runs more than once in a forward pass has no one reader. Where several layers read one, it is the
     first. Nothing else changes: parameters, names, hooks.
@@ -159,19 +175,24 @@ def pair(model: nn.Module, images: Tensor) -> None:
     """
     if not images.is_cpu or getattr(model, "_compiled_call_impl", None) is not None:
         return  # there are no such loops
+    with torch.enable_grad():
+        if checkpointed():
+            return  # not now: a trace would seem to be checkpointed, too
     if hasattr(model, "_nulsq_paired") and _as_it_was(model._nulsq_paired[1]):
         return
-    layers = quant_layers(model).values()
-    if not layers:  # it may be quantized later
+    if not quant_layers(model):  # it may be quantized later
         return
     for m in model.modules():
         if type(m) in _PLAIN:  # from before
             m.__class__ = _PLAIN[type(m)]
     switch = Switch()
+    if relus := [m for m in model.modules() if type(m) in _ACTS]:
+        _tell(model, images, relus, switch)
     model._nulsq_paired = switch, _parts(model)
-    relus = [m for m in model.modules() if type(m) in _ACTS]
-    if not relus:
-        return
+
+
+def _tell(model: nn.Module, images: Tensor, relus: list[nn.Module], switch: Switch) -> None:
+    layers = quant_layers(model).values()
     runs: Counter[nn.Module] = Counter()
     made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # by identity of the tensor, which is kept so that no other gets it
     found: dict[nn.Module, QuantLayer] = {}
@@ -190,7 +211,7 @@ def pair(model: nn.Module, images: Tensor) -> None:
     with torch.random.fork_rng(devices=[]):
         try:
             with evaluating(model):
-                model.forward(images[:2])
+                model.forward(images[:2].clone())  # one of inference mode could not be changed in place
         finally:
             for hook in hooks:
                 hook.remove()
@@ -202,7 +223,8 @@ def pair(model: nn.Module, images: Tensor) -> None:
         relu = modules[name]
         relu.__class__ = _ACTS[type(relu)]  # in place: whoever holds the module, or has a hook on it, keeps it
         object.__setattr__(relu, "reader", modules[reader])
-        relu.alone, relu.overwrites = name in still.alone & moving.alone, relu.inplace and name in still.fresh
+        relu.switch, relu.alone = switch, name in still.alone & moving.alone
+        relu.overwrites = relu.inplace and name in still.fresh
     for name, (relu, added) in still.norms.items():
         if moving.norms.get(name) == (relu, added):
             norm = modules[name]
@@ -211,24 +233,33 @@ def pair(model: nn.Module, images: Tensor) -> None:
             norm.switch, norm.adds, norm.overwrites = switch, added, name in still.own & moving.own
 
 
+def _whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A model's forward: what was proved is about the whole of it, not about parts that somebody else calls or checkpoints."""
+    switch = model._nulsq_paired[0]
+    switch.on = True
+    try:
+        return type(model).forward(model, *args, **kwargs)
+    finally:
+        switch.on = False
+
+
 @contextmanager
 def one_operation(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Inside, BatchNorms whose results only a ReLU reads do its work, and that of the quantizer behind it.
 
-    For runs of a whole model, and not where somebody has a hook in it. Whether it is done depends on the model as it is now,
-    not on what was before: a resumed run has the same bits.
+    While the model itself runs, and not where somebody has a hook in it, or has put another forward in the place of its
+    class's. Whether it is done depends on the model as it is now, not on what was before: a resumed run has the same bits.
 
     Args:
         model: which `pair` gets, if it had not yet.
         images: as for `pair`.
     """
     pair(model, images)
-    switch, parts = getattr(model, "_nulsq_paired", (None, []))
-    if switch is None or not _unseen(parts):
+    if "forward" in model.__dict__ or not hasattr(model, "_nulsq_paired") or not _unseen(model._nulsq_paired[1]):
         yield
         return
-    switch.on = True
+    model.forward = MethodType(_whole, model)  # of a copy it would be that copy's
     try:
         yield
     finally:
-        switch.on = False
+        del model.forward

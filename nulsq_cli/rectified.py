@@ -18,6 +18,12 @@ from nulsq_cli.ops.native import NO_TOP, Norm
 from nulsq_cli.ops.remake import checkpointed
 
 
+class Switch:
+    """Whether nobody sees what goes through a model: modules may do what others do after them, or hand on something else."""
+
+    on = False
+
+
 class QuantAct(nn.Module):
     """A ReLU that knows a layer which reads its result. What comes out is the same, and so are all gradients.
 
@@ -30,6 +36,7 @@ class QuantAct(nn.Module):
     """Whether nobody else reads the result."""
     overwrites: bool
     """Whether it works in place, and nobody else reads what it is made from."""
+    switch: Switch
     top: float
     """The largest result, if there is one."""
 
@@ -42,10 +49,10 @@ class QuantAct(nn.Module):
             return super().forward(x)
         if x.__dict__.pop("_nulsq_rectified", None) is self:  # by the BatchNorm before it
             return x
-        alone = self.alone and not (self._forward_hooks or self.reader._forward_pre_hooks or self.reader._forward_hooks)
-        if not alone and _unversioned(x):
+        unseen = self.switch.on
+        if not unseen and (torch.is_inference_mode_enabled() or x.is_inference()):  # a change in place would not be counted
             return super().forward(x)
-        both = quantizer.behind_relu(x, self.inplace, alone and self.overwrites, top=self.top)
+        both = quantizer.behind_relu(x, self.inplace, unseen and self.alone and self.overwrites, top=self.top)
         return super().forward(x) if both is None else prepare(*both, self.reader)
 
 
@@ -58,18 +65,10 @@ class QuantReLU(QuantAct, nn.ReLU):
 class QuantReLU6(QuantAct, nn.ReLU6):
     """Of `nn.ReLU6`."""
 
-    top = 6.0
-
-
-def _unversioned(x: Tensor) -> bool:
-    """Whether nobody would see that what is made from x is changed in place."""
-    return torch.is_inference_mode_enabled() or x.is_inference()
-
-
-class Switch:
-    """Whether BatchNorms may do what others do after them, for all of a model."""
-
-    on = False
+    @property
+    def top(self) -> float:
+        """As torch has it."""
+        return self.max_val
 
 
 class BehindNorm(nn.BatchNorm2d):
@@ -95,8 +94,6 @@ class BehindNorm(nn.BatchNorm2d):
         quantizer = self.relu.reader.input_quantizer
         if quantizer is None or not self.track_running_stats:
             return self.plain(x)
-        if not torch.is_grad_enabled() and (self.training or quantizer.training):
-            return self.plain(x)  # checkpointing may run this once more, with gradients, and without what comes next
         if self.adds:
             return _Unfinished(self, x)  # type: ignore[return-value]
         y = self.with_relu(x)
@@ -105,8 +102,6 @@ class BehindNorm(nn.BatchNorm2d):
     def with_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
         """What the ReLU makes of it or, where nobody would notice, that quantized; None, and nothing is done, if no loop can."""
         relu = self.relu
-        if not relu.alone and _unversioned(x):
-            return None
         share = 1 / (1 + int(self.num_batches_tracked)) if self.momentum is None else self.momentum
         norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, share, self.eps, self.training, relu.top)
         both = relu.reader.input_quantizer.behind_relu(x, self.overwrites, relu.alone, norm, shortcut)

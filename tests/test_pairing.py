@@ -12,10 +12,10 @@ from torch import nn
 from nulsq_cli.convert import Policy, convert, make_plan
 from nulsq_cli.layers import quant_layers, standing_still
 from nulsq_cli.models import create_float_model
-from nulsq_cli.pairing import pair
+from nulsq_cli.pairing import one_operation, pair
 from nulsq_cli.rectified import QuantAct, QuantNorm, QuantNormAct, QuantReLU
 from nulsq_cli.values import Bits
-from tests.paired import IMAGES, Net, pairs, quantized, run, same, started
+from tests.paired import IMAGES, Net, paired_and_plain, pairs, quantized, run, same, started
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -266,3 +266,40 @@ def test_in_timm_networks_everything_is_that_of_one_after_the_other(name, paired
     made = [m for m in fused.modules() if isinstance(m, (QuantNorm, QuantNormAct))]
     assert (len(relus), sum(m.alone for m in relus), len(made), sum(m.adds for m in made)) == (paired, alone, norms, adds)
     same(fused, plain, images)
+
+
+class Changing(Net):
+    """Between a BatchNorm and its ReLU something is done, or not."""
+
+    doubled = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norms[0](self.convs[0](x))
+        return self.convs[1](self.acts[0](2 * x if self.doubled else x))
+
+
+@pytest.mark.parametrize("how", ["switch", "forward"])
+def test_a_model_that_goes_another_way_later_is_looked_at_again(how):
+    found = []
+    for paired in (True, False):
+        model = quantized(of=Changing)
+        if paired:
+            pair(model, IMAGES)
+            assert isinstance(model.norms[0], QuantNorm)
+        if how == "switch":
+            model.doubled = True
+        else:
+            model.forward = lambda x, m=model: m.convs[1](m.acts[0](2 * m.norms[0](m.convs[0](x))))
+        y = run(model, IMAGES)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found)
+
+
+def test_inside_of_a_run_parts_that_somebody_else_calls_are_as_they_were():
+    paired, plain = paired_and_plain()
+    with one_operation(paired, IMAGES):
+        for model in (paired, plain):
+            model.part = model.norms[0](model.convs[0](IMAGES))
+    torch.testing.assert_close(paired.part, plain.part)
+    assert paired.part.min() < 0 and "forward" not in paired.__dict__

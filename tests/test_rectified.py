@@ -17,7 +17,6 @@ from nulsq_cli.ops.native import NO_TOP
 from nulsq_cli.pairing import pair
 from nulsq_cli.rectified import QuantNorm, QuantReLU
 from nulsq_cli.values import QuantSpec
-from tests.ops.test_norm import rectified
 from tests.paired import IMAGES, Net6, paired_and_plain, pairs, quantized, run, same
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -207,7 +206,7 @@ def test_a_derivative_of_the_derivative(kind, top):
         if way:
             both = relu.relu_and_quantize(x, table, kind, top=top)
         else:
-            y = rectified(x, top)
+            y = relu.rectify(x, top)
             ops = {None: relu.codebook.quantize_to_levels, 0: relu.codebook.quantize_by_gaps, (0, 3): relu.grid.quantize_to_grid}
             more = () if kind is None else kind if isinstance(kind, tuple) else (kind,)
             both = y, ops[kind](y, table, *more)

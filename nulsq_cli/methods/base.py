@@ -210,13 +210,16 @@ class Quantizer(nn.Module):
 
     def _by_tables(self, x: Tensor) -> Tensor:
         table, thresholds, negative = self._tables_now(x)
-        exact = x.detach()
+        wanted = (torch.is_grad_enabled() and x.requires_grad) or fast.transformed()
+        passes = wanted and not torch.jit.is_tracing()
+        exact = x.detach() if passes else x
         y = codebook.nearest(exact, table, negative) if thresholds is None else codebook.lookup(exact, table, thresholds)
-        if not (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing():  # which could not be saved with it
+        if not passes:
             return y
-        places = self.targets(exact).detach()
+        with torch.no_grad():
+            places = self.targets(exact)
         low, high = (places[..., end].reshape(-1, *[1] * (x.ndim - 1)) for end in (0, -1))
-        return straight_through(y, torch.where((exact >= low) & (exact <= high), x, exact))
+        return y + torch.where((exact >= low) & (exact <= high), x - exact, 0)
 
     def _tables_now(self, x: Tensor) -> Tables:
         return self.tables(x) if self.kept is None or torch.compiler.is_compiling() else self.kept

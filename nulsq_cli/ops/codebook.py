@@ -38,7 +38,7 @@ def levels_around_zero(gaps: Tensor, negative: int) -> Tensor:
     Returns:
         (C, N + 1); column `negative` is 0.
     """
-    return _Around.apply(gaps, negative)
+    return _Around.apply(gaps, negative) if gaps.requires_grad and torch.is_grad_enabled() else _around(gaps, negative)
 
 
 class _Around(torch.autograd.Function):

@@ -52,8 +52,12 @@ def _plain(x: Tensor) -> bool:
 
 def recorded() -> bool:
     """Whether operations are written down or transformed as they run: loops would not be seen, or find no memory behind x."""
-    return (torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.peek_interpreter_stack() is not None)  # fmt: skip
+    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0 or transformed()
+
+
+def transformed() -> bool:
+    """Whether this runs inside a transform of `torch.func`, whose tensors do not say that a gradient is wanted."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def readable(x: Tensor) -> bool:

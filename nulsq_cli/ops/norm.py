@@ -6,15 +6,13 @@ pass anyway, and the shortcut, and write what the layer reads and, where somebod
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nulsq_cli.ops import fast, native
 from nulsq_cli.ops.native import Norm
-from nulsq_cli.ops.relu import Both, backward_eager, held
+from nulsq_cli.ops.relu import Both, backward_eager, held, rectify
 from nulsq_cli.ops.remake import made_by, read_by_one_layer
 
 
@@ -50,9 +48,7 @@ def _backward_eager(grad: Tensor | None, others: Tensor | None, x: Tensor, y: Te
     statistics = (None, None) if norm.batch else (norm.running_mean, norm.running_var)
     with torch.enable_grad():
         own = F.batch_norm(inputs[0], *statistics, *inputs[1:], norm.batch, eps=norm.eps)
-        made = y
-        if y is None:
-            made = own.relu() if math.isnan(norm.top) else own.clamp(0, norm.top)
+        made = rectify(own, norm.top) if y is None else y
         to_y, to_table = (others, None) if grad is None else backward_eager(grad, made, table, kind)
         if grad is not None and others is not None:
             to_y = to_y + others

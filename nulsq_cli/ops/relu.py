@@ -6,8 +6,11 @@ quantizer's gradient is made, the shortcut's is added, and the ReLU masks the su
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nulsq_cli.ops import codebook, fast, grid, native
 from nulsq_cli.ops.remake import made_by, read_by_one_layer
@@ -41,6 +44,11 @@ class _Both(torch.autograd.Function):
         spent = read_by_one_layer(ctx, output=1)
         found = native.quantize_backward(grad, y, table, kind, spent=spent, behind_relu=True, top=top, others=others)
         return *found, None, None, None
+
+
+def rectify(x: Tensor, top: float) -> Tensor:
+    """A ReLU, or one that ends at `top`, if that is a number."""
+    return F.relu(x) if math.isnan(top) else F.hardtanh(x, 0, top)
 
 
 def held(y: Tensor, top: float) -> Tensor:

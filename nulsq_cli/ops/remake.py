@@ -18,12 +18,14 @@ WORTH_MAKING_TWICE = 1 << 16
 
 
 def checkpointed() -> bool:
-    """Whether torch keeps nothing of what runs now and will run it again in the backward pass, or does so.
+    """Whether gradient checkpointing, in its form without reentrance, keeps nothing of what runs now, or runs it once more.
 
     Both times the same things have to be kept, in the same order, whatever ran before, and all of them by torch.
     """
+    if not torch.is_grad_enabled():
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return torch._C._current_graph_task_id() != -1 or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 class _Way:

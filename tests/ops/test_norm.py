@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from nulsq_cli.ops import codebook, fast, grid, native
 from nulsq_cli.ops.native import Norm
 from nulsq_cli.ops.norm import norm_and_lookup, norm_and_quantize
+from nulsq_cli.ops.relu import rectify
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -45,14 +46,10 @@ def case(shape: tuple[int, ...], last: bool, *, batch: bool = True, top: float =
     return x, shortcut, Norm(weight, bias - 0.5, mean, var, 0.1, 1e-5, batch, top)
 
 
-def rectified(x: Tensor, top: float) -> Tensor:
-    return x.relu() if top != top else F.hardtanh(x, 0, top)
-
-
 def one_after_the_other(x: Tensor, shortcut: Tensor | None, norm: Norm, table: Tensor,
                         kind: native.Kind) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.batch, norm.share, norm.eps)
-    y = rectified(y if shortcut is None else y + shortcut, norm.top)
+    y = rectify(y if shortcut is None else y + shortcut, norm.top)
     return y, quantize(y, table, kind)
 
 
