@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from nulsq_cli.convert import Plan, Policy, convert, with_signs
 from nulsq_cli.errors import InputError
 from nulsq_cli.initializers import measure
-from nulsq_cli.layers import QuantLayer, evaluating, quant_layers, quantizers, without
+from nulsq_cli.layers import QuantLayer, evaluating, on_input, quant_layers, quantizers, without
 from nulsq_cli.measuring import Measured, block_sum, in_memory_order, reach
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import FLOAT_BITS, TensorStats
@@ -89,9 +89,9 @@ def measure_inputs(
     now = 0
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: inputs[name].add(now, args[0])
+        return lambda x: inputs[name].add(now, x)
 
-    hooks = [modules[name].register_forward_pre_hook(hook(name)) for name in inputs]
+    hooks = [on_input(modules[name], hook(name)) for name in inputs]
     for now in _drive(model, chunks, hooks):  # noqa: B007 the hooks read it
         pass
     together(inputs, reduce)
@@ -180,20 +180,20 @@ def match_output_scales(model: nn.Module, chunks: Chunks, count: int, reduce: Re
     now = 0
 
     def hook(name: str) -> Callable[..., Tensor]:
-        def see(layer: QuantLayer, args: tuple[Tensor], _: Tensor) -> Tensor:
+        def see(layer: QuantLayer, args: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor) -> Tensor:
             with without(layer, "bias"):
-                quantized = layer.forward(*args)
+                quantized = layer.forward(*args, **named)
             with without(layer, "weight_quantizer", "input_quantizer"):
-                exact = unbiased = layer.forward(*args)
+                exact = unbiased = layer.forward(*args, **named)
                 if layer.bias is not None:
                     with without(layer, "bias"):
-                        unbiased = layer.forward(*args)
+                        unbiased = layer.forward(*args, **named)
             sums[name][now] += torch.stack([block_sum(in_memory_order(y.float().abs())) for y in (unbiased, quantized)])
             return exact
 
         return see
 
-    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     for now in _drive(model, chunks, hooks):  # noqa: B007 the hooks read it
         pass
     for name, layer in layers.items():

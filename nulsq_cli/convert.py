@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nulsq_cli.errors import InputError, UsageError, first_line, suggest
-from nulsq_cli.layers import LAYERS, evaluating
+from nulsq_cli.layers import LAYERS, evaluating, on_input
 from nulsq_cli.methods import make_quantizer
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.values import FLOAT_BITS, Bits, Granularity, Grid, QuantSpec, Role
@@ -179,18 +179,18 @@ def probe(model: nn.Module, input_size: Sequence[int]) -> dict[str, Seen]:
     hooks = []
 
     def note(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            signed, image = bool((args[0] < 0).any()), args[0].data_ptr() == noise.data_ptr()
+        def see(x: Tensor) -> None:
+            signed, image = bool((x < 0).any()), x.data_ptr() == noise.data_ptr()
             known = seen.get(name)
             seen[name] = (Seen(known.order, known.signed or signed, known.image and image) if known
                           else Seen(len(seen), signed, image))  # fmt: skip
 
-        return hook
+        return see
 
     try:
         for name, module in model.named_modules():
             if type(module) in LAYERS:
-                hooks.append(module.register_forward_pre_hook(note(name)))
+                hooks.append(on_input(module, note(name)))
         where = next(model.parameters()).device
         noise = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(where)
         with torch.no_grad(), evaluating(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from timm.layers import Linear as TimmLinear
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from nulsq_cli.methods.base import Quantizer
 from nulsq_cli.ops import codebook
@@ -44,11 +45,11 @@ class QuantLayer(nn.Module):
         """The layer's arithmetic on what it is given."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer on its quantized input and weight."""
-        if isinstance(x, fx.Proxy):
-            return in_trace(self, x)
-        x, weight = self.quantized_input(x), self.quantized_weight()
+        if isinstance(input, fx.Proxy):
+            return in_trace(self, input)
+        x, weight = self.quantized_input(input), self.quantized_weight()
         if not torch.is_grad_enabled():
             return self.compute(x, weight)
         with instead_of_keeping(x, weight):
@@ -132,6 +133,11 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
     TimmLinear: QuantLinear,  # differs from nn.Linear under TorchScript alone
 }
+
+
+def on_input(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have `see` called with what the module is called with, by position or by name."""
+    return module.register_forward_pre_hook(lambda _, args, named: see(*args, *named.values()), with_kwargs=True)
 
 
 def in_trace(module: nn.Module, x: fx.Proxy) -> fx.Proxy:

@@ -11,15 +11,18 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
-from nulsq_cli.layers import QuantLayer, evaluating, quant_layers
+from nulsq_cli.layers import QuantLayer, evaluating, on_input, quant_layers
+from nulsq_cli.methods.base import watched, watched_anywhere
 from nulsq_cli.ops.remake import checkpointed
 from nulsq_cli.rectified import BehindNorm, QuantAct, QuantNorm, QuantNormAct, QuantReLU, QuantReLU6, Switch
 
@@ -28,40 +31,50 @@ _NORMS: dict[type[nn.Module], type[BehindNorm]] = {nn.BatchNorm2d: QuantNorm, Ba
 _PLAIN = {ours: plain for plain, ours in (_ACTS | _NORMS).items()}
 
 
-_Parts = list[tuple[nn.Module, tuple[nn.Module | None, ...], dict[str, bool]]]
-"""The modules of a model, their children and their switches; not what is inside of layers, which may change."""
+class _Part(NamedTuple):
+    """A module as it was when its model was paired."""
+
+    module: nn.Module
+    kind: type
+    forward: Any
+    children: tuple[nn.Module | None, ...]
+    facts: dict[str, Any]
+
+    def same(self) -> bool:
+        """Whether it is still so."""
+        m = self.module
+        return (type(m) is self.kind and self.kind.forward is self.forward and _children(m) == self.children
+                and _facts(m) == self.facts)  # fmt: skip
 
 
-def _switches(m: nn.Module) -> dict[str, bool]:
-    """What may decide which way a forward goes, as timm's `grad_checkpointing`."""
-    if isinstance(m, (QuantLayer, QuantAct, BehindNorm)) or type(m).__module__.startswith("torch.nn."):
+def _children(m: nn.Module) -> tuple[nn.Module | None, ...]:
+    return () if isinstance(m, QuantLayer) else tuple(m._modules.values())  # inside of layers much may change
+
+
+def _facts(m: nn.Module) -> dict[str, Any]:
+    """What may decide which way a forward goes, as timm's `grad_checkpointing`: simple values, and the kinds of all others."""
+    if isinstance(m, (QuantAct, BehindNorm)):
+        return {"switch": m.__dict__.get("switch")}
+    if isinstance(m, QuantLayer) or type(m).__module__.startswith("torch.nn."):
         return {}
-    return {key: value for key, value in m.__dict__.items() if type(value) is bool and key != "training"}
-
-
-def _parts(model: nn.Module) -> _Parts:
-    found, left = [], [model]
-    while left:
-        m = left.pop()
-        children = () if isinstance(m, QuantLayer) else tuple(m._modules.values())
-        found.append((m, children, _switches(m)))
-        left += [child for child in children if child is not None]
+    found: dict[str, Any] = {}
+    for key, value in m.__dict__.items():
+        if isinstance(value, (bool, int, float, str)):
+            found[key] = value
+        elif key[0] != "_":
+            found[key] = type(value), len(value) if isinstance(value, (list, tuple, dict, set)) else 0
+    for own in ("training", "forward"):
+        found.pop(own, None)
     return found
 
 
-def _as_it_was(parts: _Parts) -> bool:
-    """Whether all modules are where they were, and no switch was moved."""
-    return all((not children or tuple(m._modules.values()) == children) and switches == _switches(m)
-               for m, children, switches in parts)  # fmt: skip
-
-
-def _unseen(parts: _Parts) -> bool:
-    """Whether nobody wants to see what goes through a module."""
-    anywhere = nn.modules.module
-    if (anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks or anywhere._global_backward_hooks
-            or anywhere._global_backward_pre_hooks):  # fmt: skip
-        return False
-    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m, *_ in parts)
+def _parts(model: nn.Module) -> list[_Part]:
+    found, left = [], [model]
+    while left:
+        m = left.pop()
+        found.append(_Part(m, type(m), type(m).forward, _children(m), _facts(m)))
+        left += [child for child in found[-1].children if child is not None]
+    return found
 
 
 class _Tracer(fx.Tracer):
@@ -103,9 +116,11 @@ def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Pr
     proved = _Proved(set(), set(), {}, set())
     try:
         model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
-        given = inspect.signature(model.forward).parameters.values()
+        given = inspect.signature(type(model).forward).parameters.values()
         with torch.enable_grad():
             nodes = list(_Tracer().trace(model, {p.name: p.default for p in given if p.default is not p.empty}).nodes)
+        if any(isinstance(value, fx.Proxy) for m in model.modules() for value in tree_leaves(m.__dict__)):
+            return proved  # a model that keeps its features has readers that no trace knows
     except Exception:  # copying and torch.fx run the model's own code, the latter on symbols: anything may fail
         return proved
     modules = dict(model.named_modules())
@@ -164,7 +179,7 @@ def _proved(model: nn.Module, readers: dict[str, str], *, training: bool) -> _Pr
 def pair(model: nn.Module, images: Tensor) -> None:
     """Find the ReLUs whose result goes into a quantized layer as it is, and tell them.
 
-    Again only if a module was exchanged, or something in one that is True or False.
+    Again only if a module was exchanged, or one of its simple values.
 
     A ReLU that runs more than once in a forward pass has no one reader. Where several layers read one, it is the
     first. Nothing else changes: parameters, names, hooks.
@@ -178,15 +193,16 @@ def pair(model: nn.Module, images: Tensor) -> None:
     with torch.enable_grad():
         if checkpointed():
             return  # not now: a trace would seem to be checkpointed, too
-    if hasattr(model, "_nulsq_paired") and _as_it_was(model._nulsq_paired[1]):
-        return
-    if not quant_layers(model):  # it may be quantized later
+    if hasattr(model, "_nulsq_paired") and all(part.same() for part in model._nulsq_paired[1]):
         return
     for m in model.modules():
         if type(m) in _PLAIN:  # from before
             m.__class__ = _PLAIN[type(m)]
+            for told in ("reader", "relu", "switch", "alone", "overwrites", "adds"):
+                m.__dict__.pop(told, None)
     switch = Switch()
-    if relus := [m for m in model.modules() if type(m) in _ACTS]:
+    relus = [m for m in model.modules() if type(m) in _ACTS]
+    if relus and quant_layers(model):
         _tell(model, images, relus, switch)
     model._nulsq_paired = switch, _parts(model)
 
@@ -201,17 +217,17 @@ def _tell(model: nn.Module, images: Tensor, relus: list[nn.Module], switch: Swit
         runs[relu] += 1
         made[id(y)] = relu, y, y._version
 
-    def reads(layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
-        relu, y, version = made.get(id(args[0]), (None, None, None))
+    def reads(layer: QuantLayer, x: Tensor) -> None:
+        relu, y, version = made.get(id(x), (None, None, None))
         if relu is not None and y._version == version:
             found.setdefault(relu, layer)
 
     hooks = [relu.register_forward_hook(ran) for relu in relus]
-    hooks += [layer.register_forward_pre_hook(reads) for layer in layers]
+    hooks += [on_input(layer, partial(reads, layer)) for layer in layers]
     with torch.random.fork_rng(devices=[]):
         try:
             with evaluating(model):
-                model.forward(images[:2].clone())  # one of inference mode could not be changed in place
+                type(model).forward(model, images[:2].clone())  # one of inference mode could not be changed in place
         finally:
             for hook in hooks:
                 hook.remove()
@@ -233,33 +249,50 @@ def _tell(model: nn.Module, images: Tensor, relus: list[nn.Module], switch: Swit
             norm.switch, norm.adds, norm.overwrites = switch, added, name in still.own & moving.own
 
 
-def _whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _whole(model: nn.Module, *args: Any, **named: Any) -> Any:
     """A model's forward: what was proved is about the whole of it, not about parts that somebody else calls or checkpoints."""
-    switch = model._nulsq_paired[0]
-    switch.on = True
-    try:
-        return type(model).forward(model, *args, **kwargs)
-    finally:
-        switch.on = False
+    if torch.compiler.is_compiling():
+        return type(model).forward(model, *args, **named)
+    switch, parts = model._nulsq_paired
+    usual = len(args) == 1 and not named and switch.of == id(model) and all(part.same() for part in parts)
+    if not usual or watched_anywhere() or any(watched(part.module) for part in parts if part.module is not model):
+        return type(model).forward(model, *args, **named)
+    with switch:
+        return type(model).forward(model, *args)
+
+
+_entering = Lock()
 
 
 @contextmanager
 def one_operation(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Inside, BatchNorms whose results only a ReLU reads do its work, and that of the quantizer behind it.
 
-    While the model itself runs, and not where somebody has a hook in it, or has put another forward in the place of its
-    class's. Whether it is done depends on the model as it is now, not on what was before: a resumed run has the same bits.
+    While the model itself runs, on one positional argument, and not where somebody has a hook in it, or has put another
+    forward in the place of a class's. Whether it is done depends on the model as it is now, not on what was before: a
+    resumed run has the same bits. What a forward reads that is no simple value of a module (a number in a configuration, a
+    global, a random number of Python) must not decide which module reads which result.
 
     Args:
         model: which `pair` gets, if it had not yet.
         images: as for `pair`.
     """
     pair(model, images)
-    if "forward" in model.__dict__ or not hasattr(model, "_nulsq_paired") or not _unseen(model._nulsq_paired[1]):
+    switch = model._nulsq_paired[0] if hasattr(model, "_nulsq_paired") else None
+    if switch is None or (watched(model) and not switch.entered):
         yield
         return
-    model.forward = MethodType(_whole, model)  # of a copy it would be that copy's
+    with _entering:
+        ours = switch.entered or "forward" not in model.__dict__
+        if ours:
+            switch.entered += 1
+            switch.of = id(model)  # a copy that is made inside is another model
+            model.__dict__.setdefault("forward", partial(_whole, model))
     try:
         yield
     finally:
-        del model.forward
+        with _entering:
+            if ours:
+                switch.entered -= 1
+                if not switch.entered:
+                    model.__dict__.pop("forward", None)

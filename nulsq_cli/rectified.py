@@ -6,6 +6,7 @@ This is `ops/relu.py` and `ops/norm.py` in the place of modules of a model.
 from __future__ import annotations
 
 from functools import cached_property
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -19,9 +20,25 @@ from nulsq_cli.ops.remake import checkpointed
 
 
 class Switch:
-    """Whether nobody sees what goes through a model: modules may do what others do after them, or hand on something else."""
+    """Whether nobody sees what goes through a model: modules may do what others do after them, or hand on something else.
 
-    on = False
+    That is while this thread is inside.
+    """
+
+    thread: int | None = None
+    of: int | None = None
+    entered = 0
+
+    @property
+    def on(self) -> bool:
+        """Whether it is so."""
+        return self.thread == get_ident()
+
+    def __enter__(self) -> None:
+        self.thread = get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self.thread = None
 
 
 class QuantAct(nn.Module):
@@ -40,8 +57,9 @@ class QuantAct(nn.Module):
     top: float
     """The largest result, if there is one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(...) to the same shape."""
+        x = input
         if isinstance(x, fx.Proxy):
             return in_trace(self, x)  # type: ignore[return-value]
         quantizer = None if torch.compiler.is_compiling() else self.reader.input_quantizer
@@ -85,8 +103,9 @@ class BehindNorm(nn.BatchNorm2d):
         """What the module that it was does."""
         return nn.BatchNorm2d.forward(self, x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
+        x = input
         if isinstance(x, fx.Proxy):
             return in_trace(self, x)  # type: ignore[return-value]
         if torch.compiler.is_compiling() or not self.switch.on or checkpointed():

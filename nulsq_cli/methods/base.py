@@ -21,6 +21,19 @@ SMALLEST_SHARE = 1e-3
 SMALLEST_STEP = 1e-8
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether somebody has a hook on it, or another forward than its class's, or has compiled it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+                or "forward" in module.__dict__ or module._compiled_call_impl is not None)  # fmt: skip
+
+
+def watched_anywhere() -> bool:
+    """Whether somebody has a hook on all modules there are."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks
+                or hooks._global_backward_pre_hooks)  # fmt: skip
+
+
 class Quantizer(nn.Module):
     """Base of all quantizers. A method writes `initialize`, `quantize` and `levels`.
 
@@ -269,8 +282,8 @@ class Quantizer(nn.Module):
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody wants to know when this module is called."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+        """Whether somebody wants to know when this module is called, or has put something else in its place."""
+        return watched(self) or watched_anywhere()
 
     def extra_repr(self) -> str:
         """What shows up when the module is printed."""

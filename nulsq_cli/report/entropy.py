@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nulsq_cli.artifact import Artifact
-from nulsq_cli.layers import quant_layers
+from nulsq_cli.layers import on_input, quant_layers
 from nulsq_cli.ops.codebook import encode
 from nulsq_cli.values import Bits
 
@@ -77,13 +77,13 @@ def count_activations(model: torch.nn.Module, batches: Any) -> dict[str, list[in
     counts = {name: torch.zeros(t.levels.shape[-1], dtype=torch.int64) for name, t in tables.items()}
 
     def hook(name: str) -> Any:
-        def count(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            codes = encode(args[0].float(), tables[name].thresholds).flatten().int()
+        def count(x: Tensor) -> None:
+            codes = encode(x.float(), tables[name].thresholds).flatten().int()
             counts[name] += torch.bincount(codes, minlength=len(counts[name])).cpu()
 
         return count
 
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    hooks = [on_input(layer, hook(name)) for name, layer in layers.items()]
     was_training = model.training
     try:
         model.eval()
