@@ -85,7 +85,7 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, *what: Any, **more: Any) -> fx.Proxy:
         if checkpointed() or not torch.is_grad_enabled():
-            raise NotImplementedError("gradient checkpointing")
+            raise fx.proxy.TraceError("gradient checkpointing")
         return super().create_proxy(*what, **more)
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
@@ -283,16 +283,13 @@ def one_operation(model: nn.Module, images: Tensor) -> Iterator[None]:
         yield
         return
     with _entering:
-        ours = switch.entered or "forward" not in model.__dict__
-        if ours:
-            switch.entered += 1
-            switch.of = id(model)  # a copy that is made inside is another model
-            model.__dict__.setdefault("forward", partial(_whole, model))
+        switch.entered += 1
+        switch.of = id(model)  # a copy that is made inside is another model
+        model.__dict__.setdefault("forward", partial(_whole, model))
     try:
         yield
     finally:
         with _entering:
-            if ours:
-                switch.entered -= 1
-                if not switch.entered:
-                    model.__dict__.pop("forward", None)
+            switch.entered -= 1
+            if not switch.entered:
+                model.__dict__.pop("forward", None)

@@ -27,7 +27,9 @@ class Switch:
 
     thread: int | None = None
     of: int | None = None
+    """The identity of the model whose forward may turn it on."""
     entered = 0
+    """How many contexts allow that now."""
 
     @property
     def on(self) -> bool:

@@ -61,7 +61,6 @@ TOOLS = {
 UNABLE = {
     ("export", torch.inference_mode): "not even with a float model",
     ("flop counter", torch.inference_mode): "not with any module that is given a parameter, as quantizers of weights are",
-    ("vmap", nullcontext): "torch wants autograd functions to be written for it, and says so",
 }
 
 

@@ -84,7 +84,7 @@ def finetune(r: recipe.Recipe, folder: Path | None, *, resume: str | None, expor
     show.say(f"  {session.float_info(model)['resolved']} · {len(splits.train)} training images"
              f" · {len(splits.validation)} in split {r.data.val_split!r} · {world.device}")  # fmt: skip
     if remark is not None:
-        show.say(remark, "yellow")
+        show.say(f"  ! {remark}", "yellow")
     known = _read_start(folder) if resumed else None
     start = known or {}
     if known is None:

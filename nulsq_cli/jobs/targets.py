@@ -45,7 +45,7 @@ def evaluate(target: str, r: recipe.Recipe | None, given: dict[str, Any], *, run
     config = session.data_config(used, model) if config is None else {**config, **{k: v for k, v in given.items() if k in config}}
     split = session.open_split(used, used.data.val_split, config["input_size"][0])
     if (remark := datasets.check_outputs(split, model.num_classes)) is not None:
-        show.say(remark, "yellow")
+        show.say(f"  ! {remark}", "yellow")
     settle_threads(model, config["input_size"], used.data.batch_size)
     _, transform = transforms.build_transforms(config)
     score = session.score(model, split, transform, world, used)

@@ -116,7 +116,7 @@ def check_outputs(dataset: Dataset, num_classes: int) -> str | None:
     numbers = f"the dataset has {len(names)} classes, the model {num_classes} outputs"
     if len(names) > num_classes:
         raise InputError(numbers, fix=f"give --num-classes {len(names)}, or another dataset")
-    return (f"  ! {numbers}: {names[0]!r} is taken for the first of them, and so on. If the model has learned other classes, give"
+    return (f"{numbers}: {names[0]!r} is taken for the first of them, and so on. If the model has learned other classes, give"
             f" --num-classes {len(names)} for a new last layer, or say which is which (--class-map)")  # fmt: skip
 
 
